@@ -1,0 +1,194 @@
+"""What crosses between the API process and the engine process: one typed union, one file.
+
+Imports nothing of ours and nothing heavy, so both sides can read it. On the wire each message is four bytes of
+little-endian length followed by msgpack; an unknown tag or field is an error, never a lookup.
+All times are `time.monotonic()` seconds, which Linux shares between the processes of one machine.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+BLOCK_SIZE = 16
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How one sequence is sampled; every value is already checked by the sender.
+
+    Order of application: bias, allowed ids and bad words -> penalties -> temperature -> top-k, top-p, min-p -> draw.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output (Keskar et al. 2019)
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[list[int]] = []  # token sequences whose last token must not be drawn after the others
+    seed: int = 0  # 0 <= seed < 2**63; the draw is a pure function of (seed, position)
+    stop_token_ids: list[int] = []  # the client's; they end the sequence even with ignore_eos
+    eos_token_ids: list[int] = []  # the model's; not looked at with ignore_eos
+    ignore_eos: bool = False
+    min_tokens: int = 0  # eos and stop ids cannot be drawn before so many output tokens
+    logprobs: int | None = None  # None: none; 0: of the drawn token; k: and of the k likeliest
+    prompt_logprobs: int | None = None
+
+
+class EngineOptions(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What the user asked of the engine; None and "auto" are resolved by `engine.config.resolve`."""
+
+    model_dir: str
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    dtype: str = "auto"  # auto | float32 | float16 | bfloat16
+    kernels: str = "auto"  # auto | torch (the definitions)
+    max_context: int | None = None  # tokens
+    kv_cache_bytes: int | None = None
+    gpu_memory_fraction: float = 0.9
+    max_batch_tokens: int | None = None  # token budget of one step
+    max_sequences: int | None = None  # running at once
+    threads: int | None = None  # CPU threads of the engine
+
+
+class Start(Struct, tag="start", frozen=True):
+    """First message to a new engine process."""
+
+    options: EngineOptions
+
+
+class Submit(Struct, tag="submit", frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One sequence to continue. After a crash it is sent again with the ids streamed so far in `output`."""
+
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    output: list[int] = []
+    priority: int = 0  # lower runs first
+    arrival: float = 0.0
+    salt: str = ""  # sequences share cached blocks only under the same salt
+    leader: int | None = None  # wait until this sequence's prompt is computed, then share its blocks (n > 1)
+
+
+class Abort(Struct, tag="abort", frozen=True):
+    """Forget these sequences; unknown ids are ignored; nothing is answered."""
+
+    ids: list[int]
+
+
+class Ping(Struct, tag="ping", frozen=True):
+    """Answered from the step loop, so that an answer proves that the loop turns."""
+
+    n: int
+
+
+class Stop(Struct, tag="stop", frozen=True):
+    """Leave the loop and exit with status 0."""
+
+
+ToEngine = Start | Submit | Abort | Ping | Stop
+
+
+class TokenLogprob(Struct, array_like=True, frozen=True):
+    """Natural logarithms of the model's own probabilities (before any sampling parameter)."""
+
+    token: int
+    logprob: float
+    rank: int  # 1 is the likeliest
+    top: list[tuple[int, float]] = []
+
+
+class Delta(Struct, array_like=True, omit_defaults=True):
+    """What one step added to one sequence."""
+
+    id: int
+    tokens: list[int] = []
+    finish: str | None = None  # stop | length | error
+    stop_token: int | None = None  # the eos or stop id that ended it; it is the last of `tokens`
+    cached: int | None = None  # prompt tokens found in the cache; with the first delta
+    scheduled: float | None = None  # when it first ran; with the first delta
+    logprobs: list[TokenLogprob] | None = None  # one per token of `tokens`
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first delta; None for the first token
+    error: str | None = None  # code, when finish is "error": model_produced_nan | internal_error | out_of_memory
+
+
+class Stats(Struct, array_like=True, frozen=True):
+    """The engine's state after a step; counters count since the process started."""
+
+    running: int = 0
+    waiting: int = 0
+    used_blocks: int = 0
+    num_blocks: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    computed_tokens: int = 0  # tokens that went through the model
+    step_tokens: int = 0  # of the last step
+
+
+class StepOutput(Struct, tag="step", frozen=True):
+    """Sent after each step that did something."""
+
+    deltas: list[Delta]
+    stats: Stats
+
+
+class Progress(Struct, tag="progress", frozen=True):
+    """Where loading stands: phase is one of imports, read, warm-up; done of total in `unit`."""
+
+    phase: str
+    done: float = 0.0
+    total: float = 0.0
+    unit: str = ""
+
+
+class Decision(Struct, array_like=True, frozen=True):
+    """One automatic choice and why it was made, for the block printed at start."""
+
+    name: str
+    value: str
+    reason: str
+
+
+class Ready(Struct, tag="ready", frozen=True, kw_only=True):
+    """The engine has generated a token through the whole path and takes work."""
+
+    vocab_size: int  # ids 0 <= id < vocab_size are valid in prompts, biases and outputs
+    max_context: int  # prompt + output, tokens
+    cache_tokens: int  # what the empty cache holds
+    max_sequences: int
+    max_batch_tokens: int
+    decisions: list[Decision]
+    ledger: dict[str, float]  # seconds by phase
+
+
+class Failed(Struct, tag="failed", frozen=True):
+    """Loading cannot succeed; the message is for the user: cause first, then the way out, at most six lines."""
+
+    code: str
+    message: str
+
+
+class Pong(Struct, tag="pong", frozen=True):
+    """Answer to Ping."""
+
+    n: int
+    stats: Stats
+
+
+FromEngine = StepOutput | Progress | Ready | Failed | Pong
+
+_encoder = msgspec.msgpack.Encoder()
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """Length prefix and body, ready for the socket."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(4, "little") + body
