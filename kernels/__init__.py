@@ -1,0 +1,91 @@
+"""The operations a model step is made of, one implementation each, chosen once at start and passed on explicitly.
+
+Knows tensors and devices. Knows no request, no model, no config file. Importing this package imports neither torch's
+compiled kernels nor Triton nor Numba; `choose` imports what it chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation per operation; signatures are those of the definitions named on the right."""
+
+    name: str  # "torch" | "triton" | "cpu"
+    paged_attention: Callable[..., Tensor]  # kernels/attention/definition.py
+    rope_kv: Callable[..., None]  # kernels/rope_kv.py
+    rms_norm: Callable[..., Tensor]  # kernels/rms_norm.py
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # kernels/rms_norm.py
+    silu_mul: Callable[..., Tensor]  # kernels/silu_mul.py
+    sample: Callable[..., Tensor]  # kernels/sample.py
+
+
+OPERATIONS = ("paged_attention", "rope_kv", "rms_norm", "add_rms_norm", "silu_mul", "sample")
+NATIVE = {"cuda": "triton", "cpu": "cpu"}  # device type -> what "auto" means there
+
+
+def choose(device_type: str, requested: str = "auto") -> Kernels:
+    """The kernels for a device: "auto" is Triton on cuda and Numba on cpu; "torch" is the plain definitions anywhere.
+
+    ValueError for a device or a name that is not known, or a form that cannot run on the device.
+    """
+    if device_type not in NATIVE:
+        raise ValueError(f"There are no kernels for the device {device_type!r}; known devices: {', '.join(NATIVE)}.")
+    name = NATIVE[device_type] if requested == "auto" else requested
+    if name not in ("torch", NATIVE[device_type]):
+        raise ValueError(
+            f"Kernels {requested!r} cannot run on {device_type}; choose one of: auto, {NATIVE[device_type]}, torch."
+        )
+    return {"torch": definitions, "triton": _triton, "cpu": _cpu}[name]()
+
+
+def definitions() -> Kernels:
+    """Plain torch: slow and obviously right; what every other form is tested against."""
+    from kernels import rms_norm, rope_kv, sample, silu_mul
+    from kernels.attention import definition
+
+    return Kernels(
+        name="torch",
+        paged_attention=definition.paged_attention,
+        rope_kv=rope_kv.rope_kv,
+        rms_norm=rms_norm.rms_norm,
+        add_rms_norm=rms_norm.add_rms_norm,
+        silu_mul=silu_mul.silu_mul,
+        sample=sample.sample,
+    )
+
+
+def _triton() -> Kernels:
+    from kernels import rms_norm, rope_kv, sample, silu_mul
+    from kernels.attention import triton
+
+    return Kernels(
+        name="triton",
+        paged_attention=triton.paged_attention,
+        rope_kv=rope_kv.rope_kv_triton,
+        rms_norm=rms_norm.rms_norm_triton,
+        add_rms_norm=rms_norm.add_rms_norm_triton,
+        silu_mul=silu_mul.silu_mul_triton,
+        sample=sample.sample_triton,
+    )
+
+
+def _cpu() -> Kernels:
+    from kernels import cpu
+
+    return Kernels(
+        name="cpu",
+        paged_attention=cpu.paged_attention,
+        rope_kv=cpu.rope_kv,
+        rms_norm=cpu.rms_norm,
+        add_rms_norm=cpu.add_rms_norm,
+        silu_mul=cpu.silu_mul,
+        sample=cpu.sample,
+    )
