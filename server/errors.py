@@ -1,0 +1,126 @@
+"""Errors that reach a client: one class, one shape (OpenAI's), one place that turns anything else into a 500.
+
+Knows HTTP status codes and the JSON shape; not what went wrong where. A message names the fault and the way out, and
+never repeats what the client sent beyond short safe names: no values, addresses, paths or tracebacks.
+
+RequestError(status, code, message, param)
+ ├─ 4xx  the client's: the message ends with what to do instead
+ ├─ 429, 503  ours for now: Retry-After says when to come back
+ └─ 500  ours: the message carries the request id to look for in the log
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+log = logging.getLogger("penstock.error")
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9_.:/@+\-]{1,128}")
+
+KINDS = {
+    400: "invalid_request_error",
+    401: "invalid_request_error",
+    404: "invalid_request_error",
+    408: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+
+HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+# Codes that an engine's delta may carry -> what the client reads.
+ENGINE_FAULTS = {
+    "model_produced_nan": (
+        500,
+        "The model computed numbers that are not finite for this request. Other requests go on.",
+    ),
+    "out_of_memory": (503, "The engine ran out of memory on this request. Try again, or with a shorter prompt."),
+    "engine_restarted_twice": (
+        500,
+        "The engine stopped twice while it worked on this request, so the request was given up. Others go on.",
+    ),
+    "internal_error": (500, "The engine failed on this request. Other requests go on."),
+}
+
+
+class RequestError(Exception):
+    """An answer to the client other than success."""
+
+    def __init__(
+        self,
+        status: int,
+        *,
+        code: str,
+        message: str,
+        param: str | None = None,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.kind = kind or KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.headers = dict(headers or {})
+
+
+def engine_fault(code: str | None) -> RequestError:
+    """The error for a delta whose finish is "error"."""
+    known = code if code in ENGINE_FAULTS else "internal_error"
+    status, message = ENGINE_FAULTS[known]
+    return RequestError(status, code=known, message=message, headers={"Retry-After": "1"} if status == 503 else None)
+
+
+def error_body(error: RequestError) -> bytes:
+    """OpenAI's error object as JSON."""
+    fields = {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
+    return orjson.dumps({"error": fields})
+
+
+def error_response(error: RequestError) -> Response:
+    """The error as an HTTP response."""
+    return Response(error_body(error), error.status, error.headers, "application/json")
+
+
+def internal_error(request_id: str) -> RequestError:
+    """What a client reads when we failed in a way nobody foresaw; the log has the rest under the same id."""
+    return RequestError(
+        500,
+        code="internal_error",
+        message=f"The server failed on this request. The log has the reason under request id {request_id}.",
+    )
+
+
+def safe_name(text: object) -> str | None:
+    """The text in backquotes if it is a short plain name, else None: what may be repeated to the client."""
+    return f"`{text}`" if isinstance(text, str) and SAFE_NAME.fullmatch(text) else None
+
+
+async def on_request_error(request: Request, error: Exception) -> Response:
+    """Handler for RequestError."""
+    assert isinstance(error, RequestError)
+    request.state.error_code = error.code
+    return error_response(error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Handler for what the router raises: no such path, wrong method."""
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: "There is no such path here. Paths start with /v1, as in /v1/chat/completions.",
+        405: "This path does not take this method.",
+    }
+    headers = {name: value for name, value in (error.headers or {}).items() if name.lower() == "allow"}
+    code = HTTP_CODES.get(error.status_code, "invalid_request")
+    message = messages.get(error.status_code, "The request cannot be served.")
+    return await on_request_error(request, RequestError(error.status_code, code=code, message=message, headers=headers))
