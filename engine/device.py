@@ -1,0 +1,207 @@
+"""What the runner asks of a device: arrays up, results down, memory. One small interface, CUDA and its CPU twin.
+
+Knows torch devices, streams and pinned memory; knows no model and no sequence. The twin keeps the control flow: a
+result that is on its way down may not be read before `wait`, on a CPU too, so every test walks the path a GPU walks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[Any]
+
+
+class Download(Protocol):
+    """A device array on its way to the host."""
+
+    def wait(self) -> Array:
+        """Block until it has arrived; the host's copy."""
+        ...
+
+
+class Buffer(Protocol):
+    """A preallocated array that the host fills (`host`) and the device reads."""
+
+    host: Array
+
+    def push(self, n: int) -> Tensor:
+        """The first n entries, on the device; valid until the next push of this buffer."""
+        ...
+
+
+class Device(Protocol):
+    """Where the model runs."""
+
+    torch_device: torch.device
+
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer: ...
+
+    def upload(self, array: Array) -> Tensor:
+        """A host array, on the device; the array must not be written to before the step's download has arrived."""
+        ...
+
+    def download(self, tensor: Tensor) -> Download: ...
+
+    def free_bytes(self) -> int:
+        """Memory that could still be allocated."""
+        ...
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        """Run work; the most memory that was allocated at once beyond what was held before."""
+        ...
+
+
+class CpuBuffer:
+    """Host and device are one memory: push is a view."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._tensor = torch.zeros(shape, dtype=dtype)
+        self.host: Array = self._tensor.numpy()
+
+    def push(self, n: int) -> Tensor:
+        return self._tensor[:n]
+
+
+class CpuDownload:
+    """Nothing to copy; still only readable through wait."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def wait(self) -> Array:
+        array: Array = self._tensor.numpy()
+        return array
+
+
+class CpuDevice:
+    """The twin: uploads and downloads share memory with the host."""
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
+        return CpuBuffer(shape, dtype)
+
+    def upload(self, array: Array) -> Tensor:
+        return torch.from_numpy(array)
+
+    def download(self, tensor: Tensor) -> Download:
+        return CpuDownload(tensor)
+
+    def free_bytes(self) -> int:
+        return available_memory()
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        """Work runs; what it allocated is not measurable here and CPU memory is sized without it."""
+        work()
+        return 0
+
+
+class CudaBuffer:
+    """A pinned host array and its device copy; push is an asynchronous copy on the current stream."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._pinned = torch.zeros(shape, dtype=dtype, pin_memory=True)
+        self._device = torch.zeros(shape, dtype=dtype, device=device)
+        self.host: Array = self._pinned.numpy()
+
+    def push(self, n: int) -> Tensor:
+        return self._device[:n].copy_(self._pinned[:n], non_blocking=True)
+
+
+class CudaDownload:
+    """A copy into pinned memory on the copy stream, and the event that ends it."""
+
+    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._done = torch.cuda.Event()
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            self._host.copy_(tensor, non_blocking=True)
+            self._done.record(stream)
+        tensor.record_stream(stream)
+
+    def wait(self) -> Array:
+        self._done.synchronize()
+        array: Array = self._host.numpy()
+        return array
+
+
+class CudaDevice:
+    """One GPU: work on the current stream, downloads on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch_device = device
+        torch.cuda.set_device(device)
+        self._copies = torch.cuda.Stream(device)
+
+    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
+        return CudaBuffer(shape, dtype, self.torch_device)
+
+    def upload(self, array: Array) -> Tensor:
+        return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
+
+    def download(self, tensor: Tensor) -> Download:
+        return CudaDownload(tensor, self._copies)
+
+    def free_bytes(self) -> int:
+        torch.cuda.empty_cache()
+        free: int = torch.cuda.mem_get_info(self.torch_device)[0]
+        return free
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        torch.cuda.synchronize(self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        before = torch.cuda.memory_allocated(self.torch_device)
+        work()
+        torch.cuda.synchronize(self.torch_device)
+        return torch.cuda.max_memory_allocated(self.torch_device) - before
+
+
+def open_device(name: str) -> Device:
+    """The device for "cpu", "cuda" or "cuda:N"."""
+    device = torch.device(name)
+    if device.type == "cpu":
+        return CpuDevice()
+    return CudaDevice(torch.device("cuda", device.index or 0))
+
+
+# Folder, memory in use, its limit, and the part of the use that is file cache and given back when asked for.
+CONTROL_GROUPS = (
+    ("/sys/fs/cgroup", "memory.current", "memory.max", "inactive_file"),  # version 2
+    ("/sys/fs/cgroup/memory", "memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"),  # version 1
+)
+
+
+def available_memory() -> int:
+    """Bytes of RAM this process could still take: the machine's, or its control group's if that is less."""
+    available = _table("/proc/meminfo")["MemAvailable:"] * 1024
+    for folder, used, most, cached in CONTROL_GROUPS:
+        limit = _number(f"{folder}/{most}")
+        if limit is not None:
+            use = (_number(f"{folder}/{used}") or 0) - _table(f"{folder}/memory.stat").get(cached, 0)
+            available = min(available, limit - use)
+    return max(available, 0)
+
+
+def _number(path: str) -> int | None:
+    """The integer in a file; None when there is no such file or it says "max"."""
+    try:
+        with open(path) as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return None
+
+
+def _table(path: str) -> dict[str, int]:
+    """Lines of a name and a number; empty when there is no such file."""
+    try:
+        with open(path) as file:
+            return {name: int(number) for name, number, *_ in map(str.split, file)}
+    except OSError:
+        return {}

@@ -1,0 +1,287 @@
+"""The step's logits in, one token per row out: bias, masks and penalties, then the draw, for the whole batch at once.
+
+Knows sampling params and token ids; knows no model, no cache, no text. Everything a row needs is derived from its
+sequence (its params and its tokens), so preemption, restart and the order of rows in the batch cannot disturb it.
+
+Order: logit_bias -> allowed_token_ids -> bad_words and min_tokens -> penalties -> temperature, top-k, top-p, min-p ->
+draw. Every adjustment is one indexed operation over the flattened logits, in which only rows that ask have entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.device import Device
+    from engine.sequence import Sequence
+    from kernels import Kernels
+
+# R rows of the step's logits, V vocabulary; a "row" elsewhere is the persistent row of a running sequence
+Ids = NDArray[np.int64]
+
+MODEL_PRODUCED_NAN = -1  # in place of a token id: the model's logits held NaN, +inf or nothing but -inf
+NO_TOKEN_LEFT = -2  # in place of a token id: bias, allowed ids and bad words excluded every token
+
+_PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_PHILOX_KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_LOW_32 = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+
+
+def philox(counter: list[NDArray[np.uint64]], key: list[NDArray[np.uint64]]) -> list[NDArray[np.uint64]]:
+    """Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), elementwise.
+
+    Four counter words and two key words below 2**32, held in uint64; returns four words below 2**32.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (product1 >> _32) ^ c1 ^ k0,
+            product1 & _LOW_32,
+            (product0 >> _32) ^ c3 ^ k1,
+            product0 & _LOW_32,
+        )
+        k0, k1 = (k0 + _PHILOX_KEY_STEPS[0]) & _LOW_32, (k1 + _PHILOX_KEY_STEPS[1]) & _LOW_32
+    return [c0, c1, c2, c3]
+
+
+def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each (seed, position): Philox with the seed as key, the position as counter.
+
+    position is the index of the new token in its sequence. The upper 53 of the first two words' 64 bits.
+    """
+    seeds, counters = seeds.astype(np.uint64), positions.astype(np.uint64)
+    zero = np.zeros_like(counters)
+    counter = [counters & _LOW_32, counters >> _32, zero, zero]
+    high, low, _, _ = philox(counter, [seeds & _LOW_32, seeds >> _32])
+    return ((high << _32 | low) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass(slots=True)
+class TokenCounts:
+    """The distinct tokens that one sequence's penalties touch, and how often each was generated.
+
+    Grows with the sequence, one token at a time; a pure function of its tokens and of prompt_len.
+    """
+
+    with_prompt: bool  # the repetition penalty looks at the prompt too
+    seen: int = 0  # tokens of the sequence counted so far
+    place: dict[int, int] = field(default_factory=dict)  # token -> index in ids and counts
+    ids: Ids = field(default_factory=lambda: np.zeros(64, np.int64))
+    counts: NDArray[np.float32] = field(default_factory=lambda: np.zeros(64, np.float32))
+
+    def catch_up(self, tokens: list[int], prompt_len: int) -> tuple[Ids, NDArray[np.float32]]:
+        """Count the tokens not seen yet; views of the distinct ids and their counts among the output tokens."""
+        if self.seen < prompt_len:
+            if self.with_prompt:
+                for token in dict.fromkeys(tokens[:prompt_len]):
+                    self._index(token)
+            self.seen = prompt_len
+        for token in tokens[self.seen :]:
+            index = self._index(token)  # may replace self.counts by a longer array
+            self.counts[index] += 1
+        self.seen = len(tokens)
+        return self.ids[: len(self.place)], self.counts[: len(self.place)]
+
+    def _index(self, token: int) -> int:
+        index = self.place.setdefault(token, len(self.place))
+        if index == len(self.ids):
+            self.ids = np.concatenate([self.ids, np.zeros_like(self.ids)])
+            self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)])
+        self.ids[index] = token
+        return index
+
+
+@dataclass(slots=True)
+class RowRules:
+    """What one row asks beyond temperature and truncation, in the form that a step adds up."""
+
+    bias_ids: Ids
+    bias: NDArray[np.float32]
+    allowed: Ids | None
+    banned: Ids  # single-token bad words
+    bad_endings: dict[int, list[list[int]]]  # longer bad words by the token before their last
+    stops: Ids  # not drawn while output < min_tokens
+    min_tokens: int
+    repetition: float
+    presence: float
+    frequency: float
+    counts: TokenCounts | None
+
+    def masked(self, seq: Sequence) -> Ids:
+        """The ids that seq's next token must not be."""
+        num_output = len(seq.tokens) - seq.prompt_len
+        parts = [self.banned] if len(self.banned) else []
+        if self.bad_endings and num_output:
+            parts.append(_ids(self._completing(seq.tokens, seq.prompt_len)))
+        if num_output < self.min_tokens:
+            parts.append(self.stops)
+        return np.concatenate(parts) if parts else _ids(())
+
+    def _completing(self, tokens: list[int], prompt_len: int) -> list[int]:
+        """Last tokens of the bad words whose other tokens are the newest output."""
+        return [
+            word[-1]
+            for word in self.bad_endings.get(tokens[-1], ())
+            if len(tokens) - prompt_len >= len(word) - 1 and tokens[1 - len(word) :] == word[:-1]
+        ]
+
+
+def row_rules(params: SamplingParams) -> RowRules | None:
+    """None when the params ask for nothing beyond temperature and truncation: such rows cost nothing here."""
+    penalised = params.presence_penalty != 0 or params.frequency_penalty != 0
+    repeated = params.repetition_penalty != 1
+    stops = [*params.stop_token_ids, *(() if params.ignore_eos else params.eos_token_ids)] if params.min_tokens else []
+    longer = [word for word in params.bad_words if len(word) > 1]
+    endings: dict[int, list[list[int]]] = {}
+    for word in longer:
+        endings.setdefault(word[-2], []).append(word)
+    banned = [word[0] for word in params.bad_words if len(word) == 1]
+    restricted = params.logit_bias or params.allowed_token_ids is not None or banned or longer or stops
+    if not (restricted or penalised or repeated):
+        return None
+    return RowRules(
+        bias_ids=_ids(params.logit_bias),
+        bias=np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias)),
+        allowed=None if params.allowed_token_ids is None else _ids(params.allowed_token_ids),
+        banned=_ids(banned),
+        bad_endings=endings,
+        stops=_ids(stops),
+        min_tokens=params.min_tokens if stops else 0,
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+        counts=TokenCounts(with_prompt=repeated) if penalised or repeated else None,
+    )
+
+
+def ids_in_vocabulary(params: SamplingParams, vocab_size: int) -> bool:
+    """Whether every id that the params would write to is a column of the logits. Checked by the sender too."""
+    groups: list[Iterable[int]] = [params.logit_bias, params.allowed_token_ids or (), *params.bad_words]
+    groups += [params.stop_token_ids, params.eos_token_ids]
+    return all(0 <= token < vocab_size for group in groups for token in group)
+
+
+class Sampler:
+    """The params of the running sequences as arrays by persistent row, and one pass over a step's logits."""
+
+    def __init__(self, kernels: Kernels, device: Device, num_rows: int, vocab_size: int) -> None:
+        self.kernels = kernels
+        self.device = device
+        self.vocab_size = vocab_size
+        self.temperature = np.ones(num_rows, np.float32)
+        self.top_k = np.zeros(num_rows, np.int32)
+        self.top_p = np.ones(num_rows, np.float32)
+        self.min_p = np.zeros(num_rows, np.float32)
+        self.seed = np.zeros(num_rows, np.uint64)
+        self.ruled = np.zeros(num_rows, np.bool_)
+        self.rules: dict[int, RowRules] = {}
+
+    def set_row(self, row: int, params: SamplingParams) -> None:
+        """Give a row to a sequence: every array entry of the row is written, so nothing of its former owner stays."""
+        self.temperature[row] = params.temperature
+        self.top_k[row] = min(params.top_k, self.vocab_size)
+        self.top_p[row] = params.top_p
+        self.min_p[row] = params.min_p
+        self.seed[row] = params.seed
+        rules = row_rules(params)
+        self.ruled[row] = rules is not None
+        self.rules.pop(row, None)
+        if rules is not None:
+            self.rules[row] = rules
+
+    def sample(self, logits: Tensor, rows: NDArray[np.intp], seqs: list[Sequence]) -> Tensor:
+        """int64 [R]: the token for each row, or MODEL_PRODUCED_NAN or NO_TOKEN_LEFT.
+
+        logits float32 [R, V], changed in place; rows [R] are the persistent rows of the R seqs.
+        """
+        assert logits.shape == (len(rows), self.vocab_size)
+        peak = logits.amax(-1)  # NaN if any is NaN, +inf if any is, -inf if all are
+        ruled = np.flatnonzero(self.ruled[rows])
+        if len(ruled):
+            adjust(logits, [(int(i), self.rules[int(rows[i])], seqs[i]) for i in ruled], self.device)
+        positions = np.fromiter((len(seq.tokens) for seq in seqs), np.int64, len(seqs))
+        up = self.device.upload
+        ids = self.kernels.sample(
+            logits,
+            up(self.temperature[rows]),
+            up(self.top_k[rows]),
+            up(self.top_p[rows]),
+            up(self.min_p[rows]),
+            up(uniform(self.seed[rows], positions)),
+        )
+        if len(ruled):
+            ids = torch.where(logits.amax(-1) == -torch.inf, NO_TOKEN_LEFT, ids)
+        return torch.where(peak.isfinite(), ids, MODEL_PRODUCED_NAN)
+
+
+def adjust(logits: Tensor, asking: list[tuple[int, RowRules, Sequence]], device: Device) -> None:
+    """Apply the rules of the asking rows (row of logits, rules, sequence) to logits [R, V] in place."""
+    flat, up = logits.view(-1), device.upload
+    vocab = logits.shape[1]
+
+    bias = [(i, rules) for i, rules, _ in asking if len(rules.bias_ids)]
+    if bias:
+        where = up(_flat([(i, rules.bias_ids) for i, rules in bias], vocab))
+        flat.index_add_(0, where, up(np.concatenate([rules.bias for _, rules in bias])))
+
+    allowed = [(i, rules.allowed) for i, rules, _ in asking if rules.allowed is not None]
+    if allowed:
+        where = up(_flat(allowed, vocab))
+        kept = flat[where]
+        logits.index_fill_(0, up(_ids(i for i, _ in allowed)), -torch.inf)
+        flat[where] = kept
+
+    masked = [(i, ids) for i, rules, seq in asking if len(ids := rules.masked(seq))]
+    if masked:
+        flat.index_fill_(0, up(_flat(masked, vocab)), -torch.inf)
+
+    _penalise(flat, [(i, rules, seq) for i, rules, seq in asking if rules.counts is not None], vocab, device)
+
+
+def _penalise(flat: Tensor, asking: list[tuple[int, RowRules, Sequence]], vocab: int, device: Device) -> None:
+    """Repetition over prompt and output (Keskar et al. 2019: positive logits divided, others multiplied), then
+    presence and frequency over the output (OpenAI's definition: subtracted)."""
+    if not asking:
+        return
+    counted = [rules.counts.catch_up(seq.tokens, seq.prompt_len) for _, rules, seq in asking if rules.counts]
+    sizes = [len(ids) for ids, _ in counted]
+    counts = np.concatenate([counts for _, counts in counted])
+    each = np.array([(rules.repetition, rules.presence, rules.frequency) for _, rules, _ in asking], np.float32)
+    repetition, presence, frequency = np.repeat(each, sizes, axis=0).T
+    where = device.upload(_flat([(i, ids) for (i, _, _), (ids, _) in zip(asking, counted, strict=True)], vocab))
+    factor = device.upload(repetition.copy())
+    value = flat[where]
+    value = torch.where(value > 0, value / factor, value * factor)
+    flat[where] = value - device.upload(frequency * counts + presence * (counts > 0))
+
+
+def _ids(values: Iterable[int]) -> Ids:
+    return np.array(list(values), np.int64)
+
+
+def _flat(entries: list[tuple[int, Ids]], vocab: int) -> Ids:
+    """Indices into the flattened [R, V] of (row, ids) entries."""
+    assert all(ids.size == 0 or (ids.min() >= 0 and ids.max() < vocab) for _, ids in entries), "id outside its row"
+    return np.concatenate([ids + i * vocab for i, ids in entries])
+
+
+def failures(ids: NDArray[Any], vocab_size: int) -> dict[int, str]:
+    """Index -> error code for the entries of `Sampler.sample`'s result that are not tokens."""
+    return {
+        int(i): {MODEL_PRODUCED_NAN: "model_produced_nan", NO_TOKEN_LEFT: "no_token_left"}.get(
+            int(ids[i]), "internal_error"
+        )
+        for i in np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    }
