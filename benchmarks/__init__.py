@@ -1,0 +1,1 @@
+"""Measuring Penstock and its peers: `penstock bench …`, and scripts that are run by hand."""
