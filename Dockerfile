@@ -29,7 +29,7 @@ RUN useradd --uid 10001 --create-home penstock && install -d -o penstock /data
 COPY --from=build-cpu /opt/penstock /opt/penstock
 ENV PATH=/opt/penstock/bin:$PATH PYTHONUNBUFFERED=1 \
     PENSTOCK_HOST=0.0.0.0 PENSTOCK_CACHE=/data/penstock HF_HOME=/data/huggingface
-USER penstock
+USER 10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 8000
@@ -65,7 +65,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 gcc lib
 COPY --from=build-gpu /opt/penstock /opt/penstock
 ENV PATH=/opt/penstock/bin:$PATH PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=/data/triton \
     PENSTOCK_HOST=0.0.0.0 PENSTOCK_CACHE=/data/penstock HF_HOME=/data/huggingface
-USER penstock
+USER 10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 8000
