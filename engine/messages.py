@@ -192,3 +192,26 @@ def encode(message: ToEngine | FromEngine) -> bytes:
     """Length prefix and body, ready for the socket."""
     body = _encoder.encode(message)
     return len(body).to_bytes(4, "little") + body
+
+
+class Frames:
+    """Splits what a socket delivers into message bodies; keeps at most one unfinished message."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies that `data` completes, in order. ValueError: a length that no sender of ours writes."""
+        self._buffer += data
+        bodies: list[bytes] = []
+        start = 0
+        while len(self._buffer) - start >= 4:
+            end = start + 4 + int.from_bytes(self._buffer[start : start + 4], "little")
+            if end - start - 4 > MAX_MESSAGE_BYTES:
+                raise ValueError(f"a message of {end - start - 4} bytes; the limit is {MAX_MESSAGE_BYTES}")
+            if end > len(self._buffer):
+                break
+            bodies.append(bytes(self._buffer[start + 4 : end]))
+            start = end
+        del self._buffer[:start]
+        return bodies
