@@ -1,15 +1,29 @@
 """Which sequences run in a step, and how many tokens of each.
 
-Knows token counts, order and blocks; not tensors, not messages' transport, not text.
+Knows token counts, order and blocks; not tensors, not the transport of messages, not text.
+There are no phases: each sequence has computed tokens that catch up with known tokens, and a step hands out a budget.
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
-from engine.messages import TokenLogprob
-from engine.sequence import Sequence
+from engine.block_pool import BlockPool, extend_digests
+from engine.messages import Delta, Stats, Submit, TokenLogprob
+from engine.sequence import Sequence, Status
+
+MAX_HEADROOM = 64.0  # blocks
+HEADROOM_DECAY = 0.99  # per step
+
+logger = logging.getLogger(__name__)
+by_order = attrgetter("order")
 
 
 @dataclass(slots=True)
@@ -45,3 +59,334 @@ class Runner(Protocol):
         A released sequence may come back in a later plan, with any num_computed: its row is then built afresh.
         """
         ...
+
+
+class Scheduler:
+    """Owns every unfinished sequence, the pool's block tables through them, and the deltas not yet sent."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+        max_context: int,
+        vocab_size: int,
+        aging: int = 256,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """aging: steps of waiting that are worth one level of priority; the rest in tokens and sequences."""
+        assert max_batch_tokens >= max_sequences > 0, "every running sequence must fit in each step"
+        assert pool.num_blocks > 0
+        self.pool = pool
+        self.max_batch_tokens = max_batch_tokens
+        self.max_sequences = max_sequences
+        self.max_prompt = min(max_context, pool.num_blocks * pool.block_size)
+        # The last token that is drawn is never fed, so it needs no slot.
+        self.max_len = min(max_context, pool.num_blocks * pool.block_size + 1)
+        self.vocab_size = vocab_size
+        self.aging = aging
+        self.clock = clock
+
+        self.sequences: dict[int, Sequence] = {}  # all that are not finished, by id
+        self.running: dict[Sequence, None] = {}  # in order of admission
+        self.waiting: list[Sequence] = []  # in order of service
+        self.deltas: list[Delta] = []  # not yet taken
+        self.left: list[Sequence] = []  # finished and not yet taken
+        self.headroom = 1.0  # blocks left free for the growth of each running sequence when one more is admitted
+
+        self.steps = 0
+        self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.computed_tokens = 0
+        self.step_tokens = 0
+
+    # In and out
+
+    def add(self, submit: Submit) -> None:
+        """Take a sequence that fits the empty cache and whose id is new."""
+        seq = Sequence(submit, max_len=self.max_len)
+        # All that wait age alike, so their order never changes: a level of priority is a head start of `aging` steps.
+        seq.order = (seq.priority * self.aging + self.steps, seq.arrival, seq.id)
+        leader = self.sequences.get(submit.leader) if submit.leader is not None else None
+        self.sequences[seq.id] = seq
+        if leader is not None and leader.num_computed < leader.prompt_len:
+            seq.status, seq.leader = Status.BLOCKED, leader
+            leader.followers.append(seq)
+        else:
+            self._unblock(seq)
+        reason = _ended(seq)
+        if reason is not None and seq.prompt_logprobs is None:
+            self._send(seq, Delta(seq.id), StepResult(), reason)
+
+    def finish(self, seq: Sequence) -> None:
+        """The one way out, for stop, length, abort and error alike. Finishing twice is finishing once."""
+        if seq.status is Status.FINISHED:
+            return
+        self._forget(seq)
+        seq.status = Status.FINISHED
+        self.pool.release(seq.blocks)
+        self._unblock_followers(seq)
+        del self.sequences[seq.id]
+        self.left.append(seq)
+
+    def fail(self, seq: Sequence, code: str) -> None:
+        """End a sequence with an error its client hears of."""
+        if seq.status is not Status.FINISHED:
+            self.deltas.append(Delta(seq.id, finish="error", error=code))
+            self.finish(seq)
+
+    def take_deltas(self) -> list[Delta]:
+        """What is to be sent, once."""
+        deltas, self.deltas = self.deltas, []
+        return deltas
+
+    def take_left(self) -> list[Sequence]:
+        """Those that finished since the last call."""
+        left, self.left = self.left, []
+        return left
+
+    def stats(self) -> Stats:
+        """Counters since the start, gauges of now."""
+        return Stats(
+            running=len(self.running),
+            waiting=len(self.sequences) - len(self.running),
+            used_blocks=self.pool.num_blocks - self.pool.num_free,
+            num_blocks=self.pool.num_blocks,
+            steps=self.steps,
+            preemptions=self.preemptions,
+            prefix_queries=self.prefix_queries,
+            prefix_hits=self.prefix_hits,
+            computed_tokens=self.computed_tokens,
+            step_tokens=self.step_tokens,
+        )
+
+    # Before a step
+
+    def schedule(self) -> StepPlan:
+        """Hand out the step's token budget: running sequences first, then waiting ones in order."""
+        plan = StepPlan()
+        budget = self.max_batch_tokens
+        block_size = self.pool.block_size
+        self.headroom = max(1.0, self.headroom * HEADROOM_DECAY)
+        for seq in list(self.running):
+            computed = seq.num_computed
+            want = len(seq.tokens) - computed  # 1 in decode, a chunk in prefill: the same thing
+            if want > budget:
+                want = budget
+            if not want or seq not in self.running:
+                continue
+            if computed + want > len(seq.blocks) * block_size:
+                budget += self._make_room(seq, computed + want, plan)
+                if seq not in self.running:
+                    continue
+            plan.num_tokens[seq] = want
+            budget -= want
+        if not plan.preempted:
+            self._admit(plan, budget)
+        return plan
+
+    def _make_room(self, seq: Sequence, num_tokens: int, plan: StepPlan) -> int:
+        """Grow a running sequence, preempting the last in order while needed, maybe itself. Returns budget freed."""
+        freed = 0
+        while seq in self.running and not self.pool.grow(seq.blocks, num_tokens):
+            freed += self._preempt(max(self.running, key=by_order), plan)
+        return freed
+
+    def _preempt(self, seq: Sequence, plan: StepPlan) -> int:
+        """Back to waiting; what it computed stays findable until its blocks are used. Returns the budget freed."""
+        del self.running[seq]
+        self.pool.release(seq.blocks)
+        seq.num_computed = seq.num_published = seq.need = 0
+        seq.status = Status.WAITING
+        seq.preemptions += 1
+        insort(self.waiting, seq, key=by_order)
+        plan.preempted.append(seq)
+        self.preemptions += 1
+        self.headroom = min(2 * self.headroom, MAX_HEADROOM)
+        return plan.num_tokens.pop(seq, 0)
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        """Start waiting sequences in order. The first that does not fit ends it: nothing overtakes, no one starves."""
+        while self.waiting and budget and len(self.running) < self.max_sequences:
+            seq = self.waiting[0]
+            if not self._place(seq):
+                break
+            del self.waiting[0]
+            self.running[seq] = None
+            seq.status = Status.RUNNING
+            want = min(len(seq.tokens) - seq.num_computed, budget)
+            plan.num_tokens[seq] = want
+            budget -= want
+
+    def _place(self, seq: Sequence) -> bool:
+        """Give a waiting sequence blocks for all it knows: cached ones by reference, the rest from the free list."""
+        if not self._fits(seq):  # by the last look; a new one could only be dearer until something is freed
+            return False
+        shared = self._cached_blocks(seq)
+        seq.need = self.pool.cost(shared, len(seq.tokens))
+        if not self._fits(seq):
+            return False
+        seq.blocks = self.pool.share(shared)
+        grown = self.pool.grow(seq.blocks, len(seq.tokens))
+        assert grown, "cost() and grow() disagree"
+        seq.num_published = len(shared)
+        seq.num_computed = len(shared) * self.pool.block_size
+        if seq.scheduled is None:
+            seq.scheduled = self.clock()
+            seq.num_cached = min(seq.num_computed, seq.prompt_len)
+            if seq.prompt_logprobs is None:
+                self.prefix_queries += len(seq.tokens)
+                self.prefix_hits += seq.num_computed
+        return True
+
+    def _fits(self, seq: Sequence) -> bool:
+        """Whether `need` blocks can be had, leaving the running ones room to grow: fewer preemptions, same answers."""
+        spare = self.pool.num_free - seq.need
+        if not self.running:
+            return True  # no sequence is longer than the empty cache
+        if spare < 0:
+            return False
+        if spare >= self.headroom * (len(self.running) + 1):
+            return True
+        return spare >= sum(self._growth(other) for other in self.running) + self._growth(seq)
+
+    def _growth(self, seq: Sequence) -> float:
+        left = (seq.max_len - len(seq.tokens)) / self.pool.block_size
+        return left if left < self.headroom else self.headroom
+
+    def _cached_blocks(self, seq: Sequence) -> list[int]:
+        """Cached blocks that a sequence may start with; never all it knows, since its last token must be computed."""
+        if seq.prompt_logprobs is not None:
+            return []  # every row of the prompt is wanted
+        count = (len(seq.tokens) - 1) // self.pool.block_size
+        extend_digests(seq.digests, seq.tokens, seq.salt, count, self.pool.block_size)
+        return self.pool.find(seq.digests[:count], seq.tokens)
+
+    # After a step
+
+    def update(self, plan: StepPlan, result: StepResult) -> None:
+        """Advance what was computed, append what was drawn, finish what has ended."""
+        self.steps += 1
+        self.step_tokens = sum(plan.num_tokens.values())
+        self.computed_tokens += self.step_tokens
+        for seq, code in result.failed.items():
+            self.fail(seq, code)
+        block_size, vocab_size, drawn = self.pool.block_size, self.vocab_size, result.tokens
+        for seq, num_tokens in plan.num_tokens.items():
+            if seq.status is not Status.RUNNING:
+                continue
+            if seq.prompt_logprobs is not None:
+                seq.prompt_logprobs[seq.num_computed + 1 :] = result.prompt_logprobs.get(seq, [])
+            seq.num_computed = computed = seq.num_computed + num_tokens
+            if computed - seq.num_published * block_size >= block_size:
+                self._publish(seq)
+            if seq.followers and computed >= seq.prompt_len:
+                self._unblock_followers(seq)
+            known = len(seq.tokens)
+            if computed < known:
+                continue
+            if known >= seq.max_len:  # only the prompt's logprobs were wanted
+                self._send(seq, Delta(seq.id), result, "length")
+                continue
+            token = drawn.get(seq, -1)
+            if not 0 <= token < vocab_size:
+                logger.error("sequence %d: drew %r, which is not a token id", seq.id, token)
+                self.fail(seq, "internal_error")
+                continue
+            seq.tokens.append(token)
+            delta = Delta(seq.id, [token])
+            if token in seq.stop_ids and known >= seq.min_len:
+                delta.stop_token = token
+                self._send(seq, delta, result, "stop")
+            elif known + 1 >= seq.max_len:
+                self._send(seq, delta, result, "length")
+            elif seq.fresh or result.logprobs:
+                self._send(seq, delta, result, None)
+            else:
+                self.deltas.append(delta)
+
+    def _send(self, seq: Sequence, delta: Delta, result: StepResult, finish: str | None) -> None:
+        """Complete a delta with all that it may carry, and let the sequence go if it has ended."""
+        if seq.fresh:
+            if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) != seq.prompt_len:
+                logger.error("sequence %d: some of its prompt's logprobs are missing", seq.id)
+                self.fail(seq, "internal_error")
+                return
+            delta.cached, delta.scheduled, delta.prompt_logprobs = seq.num_cached, seq.scheduled, seq.prompt_logprobs
+            seq.fresh, seq.prompt_logprobs = False, None
+        if delta.tokens and seq in result.logprobs:
+            delta.logprobs = [result.logprobs[seq]]
+        delta.finish = finish
+        self.deltas.append(delta)
+        if finish is not None:
+            self.finish(seq)
+
+    def _publish(self, seq: Sequence) -> None:
+        """Make the blocks that have become full, and are computed, findable."""
+        block_size = self.pool.block_size
+        count = seq.num_computed // block_size
+        extend_digests(seq.digests, seq.tokens, seq.salt, count, block_size)
+        for i in range(seq.num_published, count):
+            token_ids = seq.tokens[i * block_size : (i + 1) * block_size]
+            self.pool.publish(seq.blocks[i], seq.digests[i], token_ids)
+        seq.num_published = count
+
+    # Between the states
+
+    def _unblock(self, seq: Sequence) -> None:
+        seq.leader = None
+        seq.status = Status.WAITING
+        insort(self.waiting, seq, key=by_order)
+
+    def _unblock_followers(self, seq: Sequence) -> None:
+        followers, seq.followers = seq.followers, []
+        for follower in followers:
+            self._unblock(follower)
+
+    def _forget(self, seq: Sequence) -> None:
+        """Take it out of the one container that its status says."""
+        if seq.status is Status.RUNNING:
+            del self.running[seq]
+        elif seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+        elif seq.leader is not None:
+            seq.leader.followers.remove(seq)
+            seq.leader = None
+
+    def repair(self) -> None:
+        """Rebuild every book from the sequences themselves, after a fault that may have left them half changed."""
+        live = list(self.sequences.values())
+        self.running = {seq: None for seq in [*self.running, *live] if seq.status is Status.RUNNING}
+        self.waiting = sorted((seq for seq in live if seq.status is Status.WAITING), key=by_order)
+        for seq in live:
+            if seq.status is not Status.RUNNING:
+                seq.blocks.clear()
+                seq.num_computed = seq.num_published = seq.need = 0
+            if seq.status is Status.BLOCKED and (seq.leader is None or seq not in seq.leader.followers):
+                self._unblock(seq)
+        self.pool.rebuild(seq.blocks for seq in self.running)
+
+    def check(self) -> None:
+        """Each sequence is in exactly one state and place, and the pool agrees with the block tables."""
+        counts = Counter([*self.running, *self.waiting])
+        for seq in self.sequences.values():
+            counts.update(seq.followers)
+            assert not seq.followers or seq.num_computed < seq.prompt_len, f"{seq} keeps its followers"
+        assert set(counts) == set(self.sequences.values()), "a sequence is nowhere, or finished and still somewhere"
+        assert all(count == 1 for count in counts.values()), "a sequence is in two places"
+        assert all(seq.status is Status.RUNNING for seq in self.running)
+        assert all(seq.status is Status.WAITING and not seq.blocks for seq in self.waiting)
+        assert len(self.running) <= self.max_sequences
+        for seq in self.running:
+            assert seq.num_computed <= len(seq.blocks) * self.pool.block_size, f"{seq} has too few blocks"
+            assert seq.num_computed < len(seq.tokens) <= seq.max_len, f"{seq} has nothing to compute"
+        self.pool.check(seq.blocks for seq in self.running)
+
+
+def _ended(seq: Sequence) -> str | None:
+    """Why a sequence has nothing left to draw, if so. For one that is sent again after a crash, or asks for nothing."""
+    if seq.num_output and seq.tokens[-1] in seq.stop_ids and seq.num_known > seq.min_len:
+        return "stop"
+    return "length" if seq.num_known >= seq.max_len else None

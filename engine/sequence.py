@@ -27,9 +27,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival", "blocks", "digests", "followers", "fresh", "id", "leader", "max_len", "min_len", "need", "num_cached",
-        "num_computed", "num_published", "order", "params", "preemptions", "priority", "prompt_len", "prompt_logprobs",
-        "salt", "scheduled", "status", "stop_ids", "tokens",
+        "arrival", "blocks", "digests", "followers", "fresh", "id", "leader", "max_len", "min_len", "need",
+        "num_cached", "num_computed", "num_published", "order", "params", "preemptions", "priority", "prompt_len",
+        "prompt_logprobs", "salt", "scheduled", "status", "stop_ids", "tokens",
     )  # fmt: skip
 
     id: int

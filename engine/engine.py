@@ -1,0 +1,100 @@
+"""The engine: sequences in, deltas out, one step at a time.
+
+Knows the order of things; what runs is the scheduler's business, how it is computed the runner's.
+Nothing that a sequence can cause leaves `add`, `abort` or `step`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from engine.messages import Delta, StepOutput, Submit
+from engine.scheduler import Runner, Scheduler, StepPlan, StepResult
+from engine.sequence import Sequence, Status
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """One model's sequences. Not thread-safe: one loop calls it."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+
+    def add(self, submit: Submit) -> None:
+        """Take a sequence. One that cannot run gets an error delta; an id that is already open is ignored."""
+        if submit.id in self.scheduler.sequences:
+            logger.warning("sequence %d was submitted twice; the second is ignored", submit.id)
+        elif (code := _fault(submit, self.scheduler)) is not None:
+            logger.error("sequence %d is refused: %s", submit.id, code)
+            self.scheduler.deltas.append(Delta(submit.id, finish="error", error=code))
+        else:
+            self.scheduler.add(submit)
+
+    def abort(self, ids: Iterable[int]) -> None:
+        """Forget these sequences, whatever state they are in; nothing more is said about them."""
+        for id in ids:
+            seq = self.scheduler.sequences.get(id)
+            if seq is not None:
+                self.scheduler.finish(seq)
+        self._release_rows(self.scheduler.take_left())
+
+    def has_work(self) -> bool:
+        """Whether `step` would do something."""
+        return bool(self.scheduler.sequences or self.scheduler.deltas)
+
+    def step(self) -> StepOutput:
+        """One step of the model for as many sequences as fit. An exception costs the rows of this step, no more."""
+        plan, result = StepPlan(), None
+        try:
+            plan = self.scheduler.schedule()
+            self._release_rows(plan.preempted)
+            result = self.runner.run(plan) if plan.num_tokens else StepResult()
+            self.scheduler.update(plan, result)
+        except Exception as error:
+            self._recover(plan, error, in_runner=result is None and bool(plan.num_tokens))
+        self._release_rows(self.scheduler.take_left())
+        return StepOutput(self.scheduler.take_deltas(), self.scheduler.stats())
+
+    def _recover(self, plan: StepPlan, error: Exception, *, in_runner: bool) -> None:
+        """Fail what the step was for, or only its largest newcomer when memory ran out, and rebuild the state."""
+        logger.error("a step of %d sequences failed", len(plan.num_tokens), exc_info=error)
+        rows = [seq for seq in plan.num_tokens if seq.status is Status.RUNNING]
+        if in_runner and _is_out_of_memory(error) and rows:
+            # The others were not advanced: they run again in the next step, which is so much smaller.
+            self.scheduler.fail(max(rows, key=lambda seq: (plan.num_tokens[seq], seq.order)), "out_of_memory")
+        else:
+            # Without a plan it was the scheduler that failed, on one that runs or on the first that waits.
+            for seq in rows or [*self.scheduler.running, *self.scheduler.waiting[:1]]:
+                self.scheduler.fail(seq, "internal_error")
+        self._release_rows(self.scheduler.sequences.values())
+        self.scheduler.repair()
+
+    def _release_rows(self, sequences: Iterable[Sequence]) -> None:
+        for seq in sequences:
+            try:
+                self.runner.release(seq)
+            except Exception:
+                logger.exception("sequence %d: its row could not be released", seq.id)
+
+
+def _fault(submit: Submit, scheduler: Scheduler) -> str | None:
+    """Error code for what admission should never have let through; None for a sequence that can run."""
+    params = submit.params
+    ids: list[int] = [*submit.prompt, *submit.output, *params.logit_bias, *params.stop_token_ids]
+    ids += params.allowed_token_ids or []
+    for words in params.bad_words:
+        ids += words
+    if not submit.prompt or min(ids) < 0 or max(ids) >= scheduler.vocab_size or params.max_tokens < 0:
+        return "invalid_request"
+    if len(submit.prompt) > scheduler.max_prompt:
+        return "context_length_exceeded"
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch's class is known by its name, and its CPU allocator by its words, so that torch need not be imported."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
