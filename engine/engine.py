@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from engine.messages import Delta, StepOutput, Submit
+from engine.messages import Delta, Stats, StepOutput, Submit
 from engine.scheduler import Runner, Scheduler, StepPlan, StepResult
 from engine.sequence import Sequence, Status
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("penstock.engine")
 
 
 class Engine:
@@ -26,9 +26,9 @@ class Engine:
     def add(self, submit: Submit) -> None:
         """Take a sequence. One that cannot run gets an error delta; an id that is already open is ignored."""
         if submit.id in self.scheduler.sequences:
-            logger.warning("sequence %d was submitted twice; the second is ignored", submit.id)
+            log.warning("sequence %d was submitted twice; the second is ignored", submit.id)
         elif (code := _fault(submit, self.scheduler)) is not None:
-            logger.error("sequence %d is refused: %s", submit.id, code)
+            log.error("sequence %d is refused: %s", submit.id, code)
             self.scheduler.deltas.append(Delta(submit.id, finish="error", error=code))
         else:
             self.scheduler.add(submit)
@@ -45,6 +45,10 @@ class Engine:
         """Whether `step` would do something."""
         return bool(self.scheduler.sequences or self.scheduler.deltas)
 
+    def stats(self) -> Stats:
+        """Where the engine stands."""
+        return self.scheduler.stats()
+
     def step(self) -> StepOutput:
         """One step of the model for as many sequences as fit. An exception costs the rows of this step, no more."""
         plan, result = StepPlan(), None
@@ -56,11 +60,11 @@ class Engine:
         except Exception as error:
             self._recover(plan, error, in_runner=result is None and bool(plan.num_tokens))
         self._release_rows(self.scheduler.take_left())
-        return StepOutput(self.scheduler.take_deltas(), self.scheduler.stats())
+        return StepOutput(self.scheduler.take_deltas(), self.stats())
 
     def _recover(self, plan: StepPlan, error: Exception, *, in_runner: bool) -> None:
         """Fail what the step was for, or only its largest newcomer when memory ran out, and rebuild the state."""
-        logger.error("a step of %d sequences failed", len(plan.num_tokens), exc_info=error)
+        log.error("a step of %d sequences failed", len(plan.num_tokens), exc_info=error)
         rows = [seq for seq in plan.num_tokens if seq.status is Status.RUNNING]
         if in_runner and _is_out_of_memory(error) and rows:
             # The others were not advanced: they run again in the next step, which is so much smaller.
@@ -77,7 +81,7 @@ class Engine:
             try:
                 self.runner.release(seq)
             except Exception:
-                logger.exception("sequence %d: its row could not be released", seq.id)
+                log.exception("sequence %d: its row could not be released", seq.id)
 
 
 def _fault(submit: Submit, scheduler: Scheduler) -> str | None:

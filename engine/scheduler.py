@@ -22,7 +22,7 @@ from engine.sequence import Sequence, Status
 MAX_HEADROOM = 64.0  # blocks
 HEADROOM_DECAY = 0.99  # per step
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("penstock.engine")
 by_order = attrgetter("order")
 
 
@@ -292,7 +292,7 @@ class Scheduler:
                 continue
             token = drawn.get(seq, -1)
             if not 0 <= token < vocab_size:
-                logger.error("sequence %d: drew %r, which is not a token id", seq.id, token)
+                log.error("sequence %d: drew %r, which is not a token id", seq.id, token)
                 self.fail(seq, "internal_error")
                 continue
             seq.tokens.append(token)
@@ -311,7 +311,7 @@ class Scheduler:
         """Complete a delta with all that it may carry, and let the sequence go if it has ended."""
         if seq.fresh:
             if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) != seq.prompt_len:
-                logger.error("sequence %d: some of its prompt's logprobs are missing", seq.id)
+                log.error("sequence %d: some of its prompt's logprobs are missing", seq.id)
                 self.fail(seq, "internal_error")
                 return
             delta.cached, delta.scheduled, delta.prompt_logprobs = seq.num_cached, seq.scheduled, seq.prompt_logprobs
