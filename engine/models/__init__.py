@@ -1,0 +1,34 @@
+"""Which file holds which architecture. Knows no weights; the families are imported when one is asked for."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from engine.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from engine.models.llama import LlamaForCausalLM as CausalLM
+
+# `architectures` of config.json -> module here with a class of that name
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+def check_architecture(architecture: str) -> None:
+    """CheckpointError with the supported names, closest first, unless there is a file for it."""
+    if architecture not in FAMILIES:
+        close = get_close_matches(architecture, FAMILIES, n=len(FAMILIES), cutoff=0.0)
+        raise CheckpointError(f"{architecture[:80]!r} is not supported. Supported: {', '.join(close)}.")
+
+
+def model_class(architecture: str) -> type[CausalLM]:
+    """The class that runs `architecture`; all have the surface of LlamaForCausalLM. CheckpointError if unknown."""
+    check_architecture(architecture)
+    found: type[CausalLM] = getattr(import_module(f"engine.models.{FAMILIES[architecture]}"), architecture)
+    return found

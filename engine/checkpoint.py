@@ -1,0 +1,244 @@
+"""A model folder: what is in it, whether that is a model we can serve, and its weights brought to their place.
+
+Knows Hugging Face's layout: config.json, generation_config.json, model.safetensors or shards with an index. Opens
+nothing but JSON and safetensors: no pickle, no code from the folder. Opening reads headers only and imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import CheckpointError
+from engine.model_config import ModelConfig, read_model_config
+from engine.models import model_class
+from engine.tensor_file import WEIGHT_DTYPES, TensorInfo, printable, read_header, read_json, read_tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.layers.placement import Placement
+    from engine.models.llama import LlamaForCausalLM as CausalLM
+    from kernels import Kernels
+
+MAX_CONFIG_BYTES = 4_000_000
+MAX_INDEX_BYTES = 50_000_000
+MAX_FAULTS_SHOWN = 4
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HARMLESS = (".rotary_emb.inv_freq",)  # buffers that older transformers saved; we compute them
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose headers and config.json have been read and found sound."""
+
+    path: Path
+    config: dict[str, Any]  # config.json
+    generation_config: dict[str, Any]  # generation_config.json, empty where there is none
+    model_config: ModelConfig
+    tensors: dict[str, TensorInfo]
+    notes: tuple[str, ...] = field(default=())  # what a person may want to know at start
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def stored_dtype(self) -> str:
+        """float32, float16 or bfloat16: what most bytes of weights are stored in."""
+        sizes: Counter[str] = Counter()
+        for info in self.tensors.values():
+            if info.dtype in WEIGHT_DTYPES:
+                sizes[WEIGHT_DTYPES[info.dtype]] += info.nbytes
+        return sizes.most_common(1)[0][0] if sizes else "float32"
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Reads a folder's JSON files and tensor headers. CheckpointError says what is wrong and what to do."""
+    try:
+        return _open(Path(directory))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror}.") from None
+
+
+def _open(path: Path) -> Checkpoint:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} {'is a file, not a model folder' if path.exists() else 'does not exist'}.")
+    if not (path / "config.json").exists():
+        raise CheckpointError(_no_config(path))
+    config = read_json(_inside(path, "config.json"), MAX_CONFIG_BYTES)
+    generation_config: dict[str, Any] = {}
+    if (path / "generation_config.json").exists():
+        generation_config = read_json(_inside(path, "generation_config.json"), MAX_CONFIG_BYTES)
+    model_config = read_model_config(config, generation_config)
+    notes = ("The folder brings its own code (auto_map); it is not run.",) if "auto_map" in config else ()
+    return Checkpoint(path, config, generation_config, model_config, _read_headers(path), notes)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    linear_form: str | None = None,
+    progress: Callable[[float, float], None] = lambda done, total: None,
+    *,
+    max_positions: int | None = None,
+) -> CausalLM:
+    """The checkpoint's model with its weights on `device` as `dtype`.
+
+    linear_form: a form of kernels/linear.py; None measures on a CPU and is "torch" elsewhere.
+    progress(done, total): bytes of the files. max_positions: rows of the rope table, by default the whole context.
+    CheckpointError lists tensors that are missing, unexpected or misshapen; it comes before anything is allocated.
+    Memory peaks at the model plus one layer's weight, and one tensor's pages of the file.
+    """
+    from engine.layers.placement import Placement
+
+    config = _settle_head(checkpoint)
+    model = model_class(config.architecture)(config, kernels)
+    shapes = {name: shape for layer in model.weights.layers for name, shape in layer.shapes().items()}
+    _check_tensors(checkpoint, shapes, tied=config.tie_word_embeddings)
+    place = Placement(device, dtype, linear_form or _measure_form(model, device, dtype, kernels))
+    model.rope.build(max_positions or config.context_length, device)
+    _fill(model, checkpoint, place, progress)
+    return model
+
+
+def _fill(model: CausalLM, checkpoint: Checkpoint, place: Placement, progress: Callable[[float, float], None]) -> None:
+    """Layer by layer, tensor by tensor: mapped, cast into its place, unmapped."""
+
+    def read(name: str, out: torch.Tensor) -> None:
+        out.copy_(read_tensor(checkpoint.tensors[name]))
+
+    sizes = [sum(checkpoint.tensors[name].nbytes for name in layer.shapes()) for layer in model.weights.layers]
+    done = 0
+    for layer, size in zip(model.weights.layers, sizes, strict=True):
+        layer.load(read, place)
+        done += size
+        progress(done, sum(sizes))
+
+
+def _measure_form(model: CausalLM, device: torch.device, dtype: torch.dtype, kernels: Kernels) -> str:
+    import torch
+
+    from kernels.linear import choose_form
+
+    if kernels.name == "torch":
+        return "torch"
+    shapes = [(sum(linear.parts.values()), linear.in_features) for linear in model.weights.linears()]
+    return choose_form(dtype, device.type, shapes, torch.get_num_threads())[0]
+
+
+def _settle_head(checkpoint: Checkpoint) -> ModelConfig:
+    """Whether the head shares the embedding's weight, as transformers decides it from config.json and the files.
+
+    A head that is in the files and differs from the embedding is used, even if config.json ties them; a head that is
+    absent is tied, unless config.json says that it is not.
+    """
+    config, tensors = checkpoint.model_config, checkpoint.tensors
+    tied = config.tie_word_embeddings
+    if HEAD not in tensors and not config.ties_explicitly:
+        tied = True
+    elif tied and HEAD in tensors and EMBEDDING in tensors:
+        tied = _same(tensors[HEAD], tensors[EMBEDDING])
+    return replace(config, tie_word_embeddings=tied)
+
+
+def _same(one: TensorInfo, other: TensorInfo) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or one.dtype not in WEIGHT_DTYPES or not one.nbytes:
+        return False
+    return bool((read_tensor(one) == read_tensor(other)).all())
+
+
+def _check_tensors(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], tied: bool) -> None:
+    """One error for all that does not fit."""
+    faults = []
+    for name, shape in shapes.items():
+        found = checkpoint.tensors.get(name)
+        if found is None:
+            faults.append(f"missing: {name} {list(shape)}")
+        elif found.shape != shape:
+            faults.append(f"misshapen: {name}: expected {list(shape)}, found {list(found.shape)}")
+        elif found.dtype not in WEIGHT_DTYPES:
+            faults.append(f"unsupported type: {name}: expected {', '.join(WEIGHT_DTYPES)}, found {found.dtype}")
+    extras = [name for name in checkpoint.tensors if name not in shapes and not name.endswith(HARMLESS)]
+    faults += [f"unexpected: {printable(name)}" for name in extras if not (tied and name == HEAD)]
+    if faults:
+        shown = faults[:MAX_FAULTS_SHOWN]
+        if len(faults) > len(shown):
+            shown.append(f"and {len(faults) - len(shown):,} more.")
+        head = f"{checkpoint.path}: the tensors do not fit {checkpoint.model_config.architecture} and its config.json:"
+        raise CheckpointError("\n  ".join([head, *shown]))
+
+
+def _read_headers(path: Path) -> dict[str, TensorInfo]:
+    """All tensors of the folder. transformers' order: model.safetensors, else the index and its shards."""
+    if (path / "model.safetensors").exists():
+        return read_header(_inside(path, "model.safetensors"))
+    if not (path / "model.safetensors.index.json").exists():
+        raise CheckpointError(_no_weights(path))
+    index = "model.safetensors.index.json"
+    weight_map = read_json(_inside(path, index), MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map should map tensor names to file names.")
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
+        found = read_header(_inside(path, file))
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise CheckpointError(f"{printable(file)}: tensor {printable(min(twice))} is in another shard too.")
+        tensors |= found
+    absent = [name for name, file in weight_map.items() if name not in tensors or tensors[name].file.name != file]
+    if absent:
+        raise CheckpointError(
+            f"{index}: {len(absent):,} tensors are not in the files it names: {printable(absent[0])}, ..."
+        )
+    return tensors
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder. Links may stay in the folder or lead to the blobs of the hub's cache that it belongs to."""
+    if not name or name != Path(name).name or "\\" in name or "\0" in name or len(name) > 255:
+        raise CheckpointError(f"{printable(name)!r} should be a plain file name in the model folder.")
+    try:
+        target = (folder / name).resolve(strict=True)
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        raise CheckpointError(f"{printable(name)} is missing from {folder}.") from None
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise CheckpointError(f"{printable(name)} is a link that leads out of the model folder.")
+    if not target.is_file():
+        raise CheckpointError(f"{printable(name)} is no plain file.")
+    return folder / name
+
+
+def _no_config(path: Path) -> str:
+    names = sorted(entry.name for entry in path.iterdir())
+    if "adapter_config.json" in names:
+        return f"{path} holds a LoRA adapter, not a model. Serve the model that it was trained for."
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if ggufs:
+        return f"{path} has no config.json but GGUF files. Serve one: penstock serve {path / ggufs[0]}"
+    holds = f"it holds {', '.join(map(printable, names[:5]))}" if names else "it is empty"
+    return f"{path} is no model folder: config.json is missing; {holds}."
+
+
+def _no_weights(path: Path) -> str:
+    names = sorted(entry.name for entry in path.iterdir())
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        return (
+            f"{path} has its weights only as pickle ({printable(pickles[0])}), which can run code when it is read, "
+            "so it is never opened.\nGet a revision with safetensors, or convert it where you trust it:\n"
+            "  python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('OLD')"
+            ".save_pretrained('NEW')\""
+        )
+    others = [name for name in names if name.endswith(".safetensors")]
+    holds = f"; it holds {', '.join(map(printable, others[:5]))}" if others else ""
+    return f"{path} has no weights: expected model.safetensors or model.safetensors.index.json{holds}."

@@ -1,0 +1,45 @@
+"""Self-attention over the paged cache: rotate, write K and V to their pages, attend.
+
+Knows the step's arrays and one layer's cache; the projections around it are the model's, the arithmetic the kernels'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.batch import Batch, LayerCache
+from engine.layers.rope import RotaryTable
+from kernels import Kernels
+
+# T tokens, H query heads, K kv heads, E head dim
+
+
+@dataclass(slots=True)
+class PagedAttention:
+    """Causal attention of a step's tokens over everything their sequences have in the cache."""
+
+    kernels: Kernels
+    rope: RotaryTable
+    scale: float  # of q k^T
+    window: int = 0  # positions a token sees, itself included; 0 is all
+
+    def __call__(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """[T, H, E]. q is rotated in place; rotated K and V go to the batch's slots before anything is read."""
+        k_cache, v_cache = cache
+        self.kernels.rope_kv(
+            q_THE, k_TKE, v_TKE, self.rope.cos_sin, batch.positions, batch.slot_mapping, k_cache, v_cache
+        )
+        return self.kernels.paged_attention(
+            q_THE,
+            k_cache,
+            v_cache,
+            batch.query_start,
+            batch.seq_lens,
+            batch.block_tables,
+            max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len,
+            scale=self.scale,
+            window=self.window,
+        )
