@@ -138,11 +138,15 @@ class RowRules:
         ]
 
 
-def row_rules(params: SamplingParams) -> RowRules | None:
-    """None when the params ask for nothing beyond temperature and truncation: such rows cost nothing here."""
+def row_rules(params: SamplingParams, vocab_size: int) -> RowRules | None:
+    """None when the params ask for nothing beyond temperature and truncation: such rows cost nothing here.
+
+    An end of sequence that the model's head does not have (some checkpoints name one) cannot be drawn anyhow.
+    """
     penalised = params.presence_penalty != 0 or params.frequency_penalty != 0
     repeated = params.repetition_penalty != 1
-    stops = [*params.stop_token_ids, *(() if params.ignore_eos else params.eos_token_ids)] if params.min_tokens else []
+    ends = [] if params.ignore_eos else [token for token in params.eos_token_ids if token < vocab_size]
+    stops = [*params.stop_token_ids, *ends] if params.min_tokens else []
     longer = [word for word in params.bad_words if len(word) > 1]
     endings: dict[int, list[list[int]]] = {}
     for word in longer:
@@ -169,7 +173,7 @@ def row_rules(params: SamplingParams) -> RowRules | None:
 def ids_in_vocabulary(params: SamplingParams, vocab_size: int) -> bool:
     """Whether every id that the params would write to is a column of the logits. Checked by the sender too."""
     groups: list[Iterable[int]] = [params.logit_bias, params.allowed_token_ids or (), *params.bad_words]
-    groups += [params.stop_token_ids, params.eos_token_ids]
+    groups.append(params.stop_token_ids)
     return all(0 <= token < vocab_size for group in groups for token in group)
 
 
@@ -195,7 +199,7 @@ class Sampler:
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
         self.seed[row] = params.seed
-        rules = row_rules(params)
+        rules = row_rules(params, self.vocab_size)
         self.ruled[row] = rules is not None
         self.rules.pop(row, None)
         if rules is not None:

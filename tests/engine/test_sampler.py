@@ -255,7 +255,7 @@ def test_each_adjustment_gives_the_logits_of_its_plain_definition_and_touches_no
     asked = [random_params(rng, row, [name] if i % 2 else ["top_k"]) for i, row in enumerate(rows)]
     logits = logits_for(rng, len(rows))
     got = torch.from_numpy(logits.copy())
-    ruled = [(i, rules, rows[i]) for i, p in enumerate(asked) if (rules := row_rules(p)) is not None]
+    ruled = [(i, rules, rows[i]) for i, p in enumerate(asked) if (rules := row_rules(p, V)) is not None]
     assert all(i % 2 for i, _, _ in ruled)
     adjust(got, ruled, CpuDevice())
     expected = [plain_adjust(x.tolist(), p, row) for x, p, row in zip(logits, asked, rows, strict=True)]
@@ -363,18 +363,17 @@ OUT_OF_VOCABULARY = [
     {"bad_words": [[1, 2**40]]},
     {"bad_words": [[-2]]},
     {"stop_token_ids": [V], "min_tokens": 5},
-    {"eos_token_ids": [-1], "min_tokens": 5},
 ]
 
 
 @pytest.mark.parametrize("given", OUT_OF_VOCABULARY)
-def test_ids_outside_the_vocabulary_are_noticed_and_never_written_into_a_neighbouring_row(
+def test_ids_outside_the_vocabulary_are_noticed_and_never_written_into_a_neighbour(
     given: dict[str, Any],
 ) -> None:
     assert ids_in_vocabulary(params(logit_bias={0: 1.0, V - 1: 1.0}, bad_words=[[0, V - 1]]), V)
     assert not ids_in_vocabulary(params(**given), V)
     logits = torch.zeros(3, V)
-    rules = row_rules(params(**given))
+    rules = row_rules(params(**given), V)
     assert isinstance(rules, RowRules)
     with pytest.raises(AssertionError, match="outside its row"):
         adjust(logits, [(1, rules, Row([1, 1], 1))], CpuDevice())
@@ -400,8 +399,16 @@ def test_counts_kept_token_by_token_equal_counts_made_at_once(with_prompt: bool,
     }
 
 
+def test_an_end_that_the_head_does_not_have_is_no_obstacle() -> None:
+    p = params(min_tokens=3, eos_token_ids=[5, V, V + 7])
+    rules = row_rules(p, V)
+    assert rules is not None
+    assert rules.stops.tolist() == [5]
+    assert ids_in_vocabulary(p, V)
+
+
 def test_params_without_rules_cost_no_row_rules() -> None:
     plain = params(temperature=0.3, top_k=4, top_p=0.5, min_p=0.1, seed=9, stop_token_ids=[4], eos_token_ids=[5])
-    assert row_rules(plain) is None
-    assert row_rules(params(min_tokens=3)) is None
-    assert row_rules(params(min_tokens=3, eos_token_ids=[5])) is not None
+    assert row_rules(plain, V) is None
+    assert row_rules(params(min_tokens=3), V) is None
+    assert row_rules(params(min_tokens=3, eos_token_ids=[5]), V) is not None
