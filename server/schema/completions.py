@@ -1,0 +1,49 @@
+"""The body of POST /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from server.schema.common import COMMON_REFUSED, INT32, Generation, Logprobs, Refused, refuse
+
+FORMS = "must be a text, a list of texts, a list of token ids or a list of such lists, and not empty"
+
+
+def _prompt(value: Any) -> list[str] | list[list[int]]:
+    """The four forms of a prompt as two: texts, or lists of ids. Whether the ids exist is admission's to say."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise PydanticCustomError("prompt_form", FORMS)
+    if all(isinstance(item, str) for item in value):
+        return value
+    lists = value if all(isinstance(item, list) for item in value) else [value]
+    for ids in lists:
+        if not ids:
+            raise PydanticCustomError("prompt_form", FORMS)
+        if not all(type(id) is int for id in ids):  # a bool is an int to isinstance
+            raise PydanticCustomError("prompt_form", FORMS)
+        if min(ids) < 0 or max(ids) > INT32:
+            raise PydanticCustomError("prompt_ids", "must have token ids of the model's vocabulary")
+    return lists
+
+
+class CompletionRequest(Generation):
+    """OpenAI's legacy completion request, with vLLM's extensions."""
+
+    refused: ClassVar[dict[str, Refused]] = {
+        **COMMON_REFUSED,
+        "suffix": refuse("filling in the middle is not built; leave it out"),
+        "best_of": Refused(
+            lambda value, body: value is None or (type(value) is int and value == (body.get("n") or 1)),
+            "ranking is not built; leave it out or send the same number as `n`",
+        ),
+    }
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompt)]
+    echo: bool | None = None
+    logprobs: Logprobs | None = None
+    add_special_tokens: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None

@@ -1,0 +1,76 @@
+"""What every route needs, in one object that `create_app` takes; filled by `serve` as loading goes on.
+
+Knows which parts there are; does nothing with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+
+from server.auth import Keys
+from server.logs import Trace
+from server.metrics import Metrics
+from server.model_info import ModelInfo
+
+if TYPE_CHECKING:
+    from server.chat_template import ChatTemplates
+    from server.engine_client import EngineClient
+    from server.settings import Settings
+    from server.tokenizer import Tokenizer
+
+
+def package_version() -> str:
+    """The installed version; a bare checkout says so."""
+    try:
+        return version("penstock")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+@dataclass(kw_only=True)
+class ServerState:
+    """One served model. `tokenizer` and `templates` are None until they are loaded; the API answers 503 until then."""
+
+    settings: Settings
+    client: EngineClient
+    model_names: tuple[str, ...]  # the first is what answers carry
+    keys: Keys = field(default_factory=Keys)
+    tokenizer: Tokenizer | None = None
+    templates: ChatTemplates | None = None
+    info: ModelInfo = field(default_factory=ModelInfo)  # stop ids and default sampling of the model
+    draining: bool = False  # after SIGTERM: what runs goes on, nothing new comes in
+    keepalive_seconds: float = 10.0  # of silence on a stream before a comment is sent
+    created: int = field(default_factory=lambda: int(time.time()))
+    version: str = field(default_factory=package_version)
+    metrics: Metrics = field(init=False)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.model_name)
+        self.metrics.read_engine = lambda: (self.client.stats, self.client.restarts)
+        self.fingerprint = "fp_" + hashlib.sha256(f"{self.version} {self.model_name}".encode()).hexdigest()[:12]
+
+    @property
+    def model_name(self) -> str:
+        """The name in answers and metrics."""
+        return self.model_names[0]
+
+
+def server_state(request: Request) -> ServerState:
+    """The state of the app that serves this request."""
+    state = request.app.state.server
+    assert isinstance(state, ServerState)
+    return state
+
+
+def trace_of(request: Request) -> Trace:
+    """This request's log line in the making."""
+    trace = request.state.trace
+    assert isinstance(trace, Trace)
+    return trace
