@@ -35,10 +35,9 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class Located:
-    """A model folder, the name it is served under, and how it was found."""
+    """A model folder and how it was found."""
 
     folder: Path
-    name: str
     how: str
     ledger: dict[str, float] = field(default_factory=dict)  # seconds by phase
 
@@ -46,7 +45,7 @@ class Located:
 def locate(
     model: str | None, revision: str | None = None, dtype: str = "auto", report: Report | None = None
 ) -> Located:
-    """The folder for `model`; without one, the default model. Blocks while it converts or downloads.
+    """The folder for `model`; without one, the default model's. Blocks while it converts or downloads.
 
     Raises SourceError.
     """
@@ -68,12 +67,22 @@ def locate(
     raise SourceError(_not_found(model, path))
 
 
+def name_of(model: str | None) -> str:
+    """The name that `model` will be served under; known before anything is fetched or converted."""
+    if model is None:
+        return DEFAULT_HUB_ID.split("/")[1]
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return re.sub(r"[.-](I?Q\d\w*|F16|BF16|F32)$", "", path.stem, flags=re.IGNORECASE)
+    return path.resolve().name if path.is_dir() else model
+
+
 def _folder(path: Path) -> Located:
     if not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))
         hint = f"penstock serve {ggufs[0]}" if ggufs else "penstock serve FOLDER_WITH_config.json"
         raise SourceError(f"{path} holds no config.json, so it is not a model folder.\nTry: {hint}")
-    return Located(path.resolve(), path.resolve().name, f"folder {path}")
+    return Located(path.resolve(), f"folder {path}")
 
 
 def _default_model(dtype: str, report: Report) -> Located:
@@ -104,9 +113,8 @@ def _converted(file: Path, dtype: str, how: str, report: Report) -> Located:
     from server.gguf_tokenizer import ConvertError, convert
 
     folder = converted_folder(file, dtype)
-    name = re.sub(r"[.-](I?Q\d\w*|F16|BF16|F32)$", "", file.stem, flags=re.IGNORECASE)
     if (folder / "config.json").is_file():
-        return Located(folder, name, f"{how}, converted earlier into {folder}")
+        return Located(folder, f"{how}, converted earlier into {folder}")
     began = time.monotonic()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +126,7 @@ def _converted(file: Path, dtype: str, how: str, report: Report) -> Located:
             f"{file} cannot be converted into {folder} ({error.strerror}).\n"
             "Set PENSTOCK_CACHE to a folder that can be written to."
         ) from None
-    return Located(folder, name, f"{how}, converted once into {folder}", {"convert": time.monotonic() - began})
+    return Located(folder, f"{how}, converted once into {folder}", {"convert": time.monotonic() - began})
 
 
 def _from_hub(model: str, revision: str | None, report: Report) -> Located:
@@ -126,7 +134,7 @@ def _from_hub(model: str, revision: str | None, report: Report) -> Located:
     report("download", 0, 0)
     folder, commit = download(model, revision, _hub())
     ledger = {"download": time.monotonic() - began}
-    return Located(folder, model, f"Hugging Face {model} at {commit[:12]}", ledger)
+    return Located(folder, f"Hugging Face {model} at {commit[:12]}", ledger)
 
 
 def _hub() -> Any:

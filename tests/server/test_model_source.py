@@ -68,8 +68,8 @@ def test_without_a_network_an_earlier_download_is_used(tmp_path: Path) -> None:
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    found = locate(str(tmp_path))
-    assert (found.folder, found.name) == (tmp_path.resolve(), tmp_path.name)
+    assert locate(str(tmp_path)).folder == tmp_path.resolve()
+    assert model_source.name_of(str(tmp_path)) == tmp_path.name
 
 
 def test_a_folder_without_config_names_the_file_to_serve_instead(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_gguf_file_is_converted_once(smollm2_gguf: Path, tmp_path: Path, monke
     seen: list[str] = []
     first = locate(None, report=lambda phase, done, total: seen.append(phase))
     assert "convert" in seen
-    assert first.name == "SmolLM2-135M-Instruct"
+    assert model_source.name_of(None) == model_source.name_of(str(smollm2_gguf)) == "SmolLM2-135M-Instruct"
     assert {"config.json", "tokenizer.json", "generation_config.json"} <= {file.name for file in first.folder.iterdir()}
     seen.clear()
     second = locate(str(smollm2_gguf), report=lambda phase, done, total: seen.append(phase))
