@@ -140,7 +140,8 @@ def _as_dtype(values: NDArray[np.float32], dtype: str, name: str | None) -> NDAr
     bits = np.ascontiguousarray(values, "<f4").view("<u4")
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1)).astype("<u4")) >> 16).astype("<u2")  # to nearest, ties to even
     rounded[np.isnan(values)] = 0x7FC0
-    return rounded.reshape(-1).view(np.uint8)
+    packed: NDArray[np.uint8] = rounded.reshape(-1).view(np.uint8)
+    return packed
 
 
 class _Source:
