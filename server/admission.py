@@ -29,7 +29,8 @@ class Work:
     prompts: list[list[int]]
     param: str  # "messages" or "prompt": what an error about the prompt names
     n: int
-    max_tokens: int | None  # None: as many as there is room for
+    max_tokens: int | None  # None: as many as there is room for, and `default_tokens` at most
+    default_tokens: int | None = None
     params: SamplingParams  # without max_tokens and seed
     seed: int
     priority: int = 0
@@ -165,7 +166,8 @@ def _room(work: Work, prompt: int, ready: Ready) -> int:
                 f"Shorten the prompt{way_out}.",
             )
     room = min(limit for limit, _, _ in limits) - prompt
-    want = room if work.max_tokens is None else work.max_tokens
+    default = room if work.default_tokens is None else min(room, work.default_tokens)
+    want = default if work.max_tokens is None else work.max_tokens
     if work.params.min_tokens > want:
         raise RequestError(
             400,

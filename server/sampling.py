@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable
 from typing import Any
 
 from engine.messages import SamplingParams
 from server.model_info import ModelInfo
 from server.schema.common import Generation
+from server.tokenizer import Tokenizer
 
 SEEDS = 1 << 63
 SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: choices' seeds are far apart
@@ -69,12 +69,16 @@ def sampling_params(
     )
 
 
-def bad_word_ids(words: list[str], encode: Callable[[str], list[int]]) -> list[list[int]]:
+def bad_word_ids(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Token sequences that spell each word, at the start of a text and after a space."""
-    spelled = (encode(form) for word in words for form in (word, " " + word.lstrip()))
+    spelled = (_plain(tokenizer, form) for word in words for form in (word, " " + word.lstrip()))
     return [list(ids) for ids in dict.fromkeys(tuple(ids) for ids in spelled if ids)]
 
 
 def json_logprob(logprob: float) -> float:
     """A number that JSON has; -9999 stands for a probability of zero, as OpenAI has it."""
     return logprob if math.isfinite(logprob) else -9999.0
+
+
+def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, allow_special=True)

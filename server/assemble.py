@@ -1,0 +1,270 @@
+"""Deltas of ids become pieces of text; the streaming answer sends the pieces, the other one folds the same pieces.
+
+Knows token ids, text, stop strings, what counts as usage and when things happened; not HTTP, JSON or routes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from engine.messages import Delta, Submit, TokenLogprob
+from server.admission import Work, admit
+from server.detokenizer import Detokenizer
+from server.errors import RequestError, engine_fault
+from server.logs import Trace
+from server.metrics import Metrics
+from server.state import ServerState
+from server.text_scan import StopScanner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """What of a request concerns text."""
+
+    stops: list[str] = field(default_factory=list)
+    include_stop: bool = False
+    skip_special: bool = True
+    prompt_only: bool = False  # max_tokens 0: one token is drawn and not shown (OpenAI's way to score a prompt)
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one delta adds to one choice."""
+
+    index: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish: str | None = None  # stop | length
+    stop_reason: str | int | None = None  # the client's stop string or stop id that ended it
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+class Choice:
+    """One sequence on its way to text: what came, what was shown, when."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_options",
+        "_scanner",
+        "ask",
+        "cached",
+        "finish",
+        "first",
+        "last",
+        "num_tokens",
+        "scheduled"
+    )  # fmt: skip
+
+    def __init__(self, state: ServerState, ask: Submit, options: TextOptions) -> None:
+        assert state.tokenizer is not None
+        self.ask = ask
+        self.num_tokens = 0
+        self.cached = 0
+        self.scheduled: float | None = None
+        self.first: float | None = None
+        self.last: float | None = None
+        self.finish: str | None = None
+        self._options = options
+        self._detokenizer = Detokenizer(state.tokenizer, ask.prompt, options.skip_special)
+        self._scanner = StopScanner(options.stops, options.include_stop) if options.stops else None
+
+    def take(self, delta: Delta, now: float) -> Piece:
+        """The delta's piece. Tokens after a stop string are neither shown nor counted."""
+        if self.first is None:
+            self.first, self.cached, self.scheduled = now, delta.cached or 0, delta.scheduled
+        self.last = now
+        if self._options.prompt_only:
+            self.finish = "length"
+            return Piece(self.ask.id, finish="length", prompt_logprobs=delta.prompt_logprobs)
+        ids = delta.tokens
+        hidden = delta.stop_token is not None and not self._options.include_stop
+        final = delta.finish is not None
+        text, stop, used = self._text(ids[:-1] if hidden else ids, final)
+        if stop is None:
+            used, self.finish = len(ids), delta.finish
+        else:
+            self.finish = "stop"
+        self.num_tokens += used
+        return Piece(
+            self.ask.id,
+            text,
+            ids[:used],
+            delta.logprobs[:used] if delta.logprobs is not None else None,
+            self.finish,
+            stop or (delta.stop_token if delta.stop_token in self.ask.params.stop_token_ids else None),
+            delta.prompt_logprobs,
+        )
+
+    def _text(self, ids: list[int], final: bool) -> tuple[str, str | None, int]:
+        """(text to show, the stop string found, tokens up to it). Stop strings count from min_tokens on."""
+        if self._scanner is None:
+            return self._detokenizer.push(ids, final), None, len(ids)
+        shown = []
+        for used in range(1, max(len(ids), final) + 1):
+            last = final and used >= len(ids)
+            text, stop = self._detokenizer.push(ids[used - 1 : used], last), None
+            if self.num_tokens + used > self.ask.params.min_tokens:
+                text, stop = self._scanner.push(text, last)
+            shown.append(text)
+            if stop is not None:
+                return "".join(shown), stop, used
+        return "".join(shown), None, len(ids)
+
+
+class Answer:
+    """One request's sequences, open in the engine until `batches` ends or `close` is called."""
+
+    def __init__(self, state: ServerState, work: Work, options: TextOptions, trace: Trace) -> None:
+        """Admit and open; raises RequestError."""
+        asks = admit(state, work)
+        self.work = work
+        self.choices = [Choice(state, ask, options) for ask in asks]
+        self._state = state
+        self._trace = trace
+        self._stream = state.client.open(asks)
+        self._open = set(range(len(asks)))
+        self._closed = False
+        self._texts: list[str] | None = [] if state.settings.log_prompts else None
+        self._note_accepted()
+
+    async def batches(self) -> AsyncGenerator[list[Piece], None]:
+        """The pieces, as many at once as have come; raises RequestError when a sequence fails."""
+        metrics, client = self._state.metrics, self._state.client
+        try:
+            async for deltas in self._stream:
+                metrics.on_step(client.stats, client.restarts)
+                pieces, fault = self._take(deltas)
+                if pieces:
+                    yield pieces
+                if fault is not None:
+                    raise fault
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Abort what is unfinished and settle the accounts. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stream.close()
+        self._note_end()
+
+    def prompt_tokens(self) -> int:
+        """Over all prompts, each counted once."""
+        return sum(map(len, self.work.prompts))
+
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were found in the cache; of each prompt what its first choice found."""
+        return sum(min(choice.cached, len(choice.ask.prompt)) for choice in self.choices[:: self.work.n])
+
+    def output_tokens(self) -> int:
+        """Over all choices."""
+        return sum(choice.num_tokens for choice in self.choices)
+
+    def _take(self, deltas: list[tuple[int, Delta]]) -> tuple[list[Piece], RequestError | None]:
+        now = time.monotonic()
+        pieces, fault = [], None
+        for index, delta in deltas:
+            choice = self.choices[index]
+            failed = delta.finish == "error"
+            if failed:
+                delta.finish = None
+            if delta.tokens or not failed:
+                before, counted = choice.last, choice.num_tokens
+                pieces.append(choice.take(delta, now))
+                _observe(self._state.metrics, before, now, choice.num_tokens - counted)
+                if before is None:
+                    self._note_first(choice, now)
+            if choice.finish is not None:
+                self._close(choice, choice.finish)
+                self._stream.finish(index)  # for a stop string the engine does not know that it has ended
+            elif failed:
+                fault = engine_fault(delta.error)
+                self._close(choice, "error")
+        if self._texts is not None:
+            self._texts += [piece.text for piece in pieces]
+        return pieces, fault
+
+    def _note_accepted(self) -> None:
+        trace, metrics = self._trace, self._state.metrics
+        trace.submitted = time.monotonic()
+        trace.prompt_tokens = self.prompt_tokens()
+        for choice in self.choices[:: self.work.n]:
+            metrics.observe("request_params_n", self.work.n)
+            metrics.observe("request_params_max_tokens", choice.ask.params.max_tokens)
+
+    def _note_first(self, choice: Choice, now: float) -> None:
+        metrics, submitted = self._state.metrics, self._trace.submitted or now
+        scheduled = min(max(choice.scheduled or submitted, submitted), now)
+        metrics.observe("time_to_first_token_seconds", now - self._trace.started)
+        metrics.observe("request_queue_time_seconds", scheduled - submitted)
+        metrics.observe("request_prefill_time_seconds", now - scheduled)
+        choice.scheduled = scheduled
+        if choice.ask.id % self.work.n == 0:
+            prompt = len(choice.ask.prompt)
+            metrics.add("prompt_tokens", prompt)
+            metrics.add("prompt_tokens_cached", min(choice.cached, prompt))
+            metrics.observe("request_prompt_tokens", prompt)
+
+    def _close(self, choice: Choice, reason: str) -> None:
+        """A sequence has ended: stop, length, error or abort."""
+        if choice.ask.id not in self._open:
+            return
+        self._open.discard(choice.ask.id)
+        self._trace.finish.append(reason)
+        metrics = self._state.metrics
+        metrics.add("request_success", 1, reason)
+        metrics.observe("request_generation_tokens", choice.num_tokens)
+        if choice.first is None or choice.last is None or choice.scheduled is None:
+            return
+        decode = choice.last - choice.first
+        metrics.observe("e2e_request_latency_seconds", choice.last - self._trace.started)
+        metrics.observe("request_decode_time_seconds", decode)
+        metrics.observe("request_inference_time_seconds", choice.last - choice.scheduled)
+        if choice.num_tokens > 1:
+            metrics.observe("request_time_per_output_token_seconds", decode / (choice.num_tokens - 1))
+
+    def _note_end(self) -> None:
+        for index in sorted(self._open):
+            self._close(self.choices[index], "abort")
+        trace = self._trace
+        trace.cached_tokens, trace.output_tokens = self.cached_tokens(), self.output_tokens()
+        trace.scheduled = min((c.scheduled for c in self.choices if c.scheduled is not None), default=None)
+        trace.first_token = min((c.first for c in self.choices if c.first is not None), default=None)
+        trace.last_token = max((c.last for c in self.choices if c.last is not None), default=None)
+        if self._texts is not None:
+            trace.output_text = "".join(self._texts)
+
+
+def _observe(metrics: Metrics, before: float | None, now: float, tokens: int) -> None:
+    metrics.add("generation_tokens", tokens)
+    if before is not None and tokens:
+        metrics.observe("inter_token_latency_seconds", (now - before) / tokens, tokens)
+
+
+async def fold(answer: Answer) -> list[Piece]:
+    """All pieces of each choice as one, in order of choices."""
+    parts: list[list[Piece]] = [[] for _ in answer.choices]
+    async with aclosing(answer.batches()) as batches:
+        async for pieces in batches:
+            for piece in pieces:
+                parts[piece.index].append(piece)
+    return [join(index, pieces) for index, pieces in enumerate(parts)]
+
+
+def join(index: int, pieces: list[Piece]) -> Piece:
+    """Successive pieces of one choice as one piece."""
+    logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+    return Piece(
+        index,
+        "".join(piece.text for piece in pieces),
+        [token for piece in pieces for token in piece.tokens],
+        [entry for part in logprobs for entry in part] if logprobs else None,
+        pieces[-1].finish,
+        pieces[-1].stop_reason,
+        next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs is not None), None),
+    )

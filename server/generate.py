@@ -1,0 +1,154 @@
+"""What the generating routes share: from a checked body and its prompts to an open answer, and from that to a response.
+
+Knows the order of the steps; each step is another file's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.admission import Work
+from server.assemble import Answer, Piece, TextOptions, fold
+from server.auth import salt_of
+from server.errors import RequestError, error_body, internal_error
+from server.logs import Trace
+from server.sampling import bad_word_ids, first_seed, sampling_params
+from server.schema.common import Generation
+from server.sse import DONE, EventResponse, unless_gone
+from server.state import ServerState, server_state, trace_of
+
+log = logging.getLogger("penstock.generate")
+
+
+class Chunks(Protocol):
+    """How a route writes its stream."""
+
+    def encode(self, pieces: list[Piece]) -> bytes:
+        """Events for these pieces."""
+
+    def end(self, answer: Answer) -> bytes:
+        """What comes after the last piece and before [DONE]."""
+
+
+def check_model(state: ServerState, name: str | None) -> None:
+    """Raise 404 unless the model is served here; a request that names none gets the one there is."""
+    if name is not None and name not in state.model_names:
+        served = ", ".join(state.model_names)
+        message = f"This model is not served here. Served: {served}."
+        raise RequestError(404, code="model_not_found", param="model", message=message)
+
+
+def check_together(body: Generation) -> None:
+    """Faults of two fields together; raises 400."""
+    if body.stream_options is not None and not body.stream:
+        raise _conflict("stream_options", "it needs `stream`: true")
+    if body.prompt_logprobs is not None and body.stream:
+        raise _conflict("prompt_logprobs", "they are not streamed; leave out `stream`")
+
+
+def _conflict(param: str, why: str) -> RequestError:
+    return RequestError(400, code="invalid_value", param=param, message=f"`{param}` cannot be used so: {why}.")
+
+
+async def open_answer(
+    request: Request,
+    body: Generation,
+    prompts: list[list[int]],
+    *,
+    param: str,
+    max_tokens: tuple[str, int | None],
+    default_tokens: int | None = None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> Answer:
+    """Admit the prompts and hand them to the engine. max_tokens: the field's name and value; raises RequestError."""
+    state, trace = server_state(request), trace_of(request)
+    assert state.tokenizer is not None
+    words = body.bad_words or []
+    bad_words = await asyncio.to_thread(bad_word_ids, words, state.tokenizer) if words else []
+    options = TextOptions(
+        stops=body.stop or [],
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special=body.skip_special_tokens is not False,
+        prompt_only=max_tokens[1] == 0,
+    )
+    work = Work(
+        prompts=prompts,
+        param=param,
+        n=body.n or 1,
+        max_tokens=1 if options.prompt_only else max_tokens[1],
+        max_tokens_param=max_tokens[0],
+        default_tokens=default_tokens,
+        params=sampling_params(
+            body, state.info, bad_words=bad_words, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+        ),
+        seed=first_seed(body.seed),
+        priority=body.priority or 0,
+        salt=salt_of(request, body.cache_salt),
+        arrival=trace.started,
+    )
+    trace.stream = bool(body.stream)
+    return Answer(state, work, options, trace)
+
+
+async def respond(
+    request: Request, answer: Answer, stream: bool, chunks: Chunks, whole: Callable[[list[Piece]], dict[str, Any]]
+) -> Response:
+    """The answer as events while it comes, or as one document; either ends when the client goes."""
+    state, trace = server_state(request), trace_of(request)
+    if stream:
+        return EventResponse(_events(answer, chunks, trace), answer.close, trace, state.keepalive_seconds)
+    try:
+        document = whole(await unless_gone(request.receive, fold(answer)))
+    finally:
+        answer.close()
+    return Response(orjson.dumps(document), media_type="application/json")
+
+
+async def _events(answer: Answer, chunks: Chunks, trace: Trace) -> AsyncGenerator[bytes, None]:
+    try:
+        async with aclosing(answer.batches()) as batches:
+            async for pieces in batches:
+                if data := chunks.encode(pieces):
+                    yield data
+        yield chunks.end(answer) + DONE
+    except RequestError as error:
+        trace.error = error.code
+        yield b"data: " + error_body(error) + b"\n\n" + DONE
+    except Exception:
+        log.exception("a stream failed", extra={"fields": {"id": trace.id}})
+        trace.error = "internal_error"
+        yield b"data: " + error_body(internal_error(trace.id)) + b"\n\n" + DONE
+
+
+def new_head(state: ServerState, prefix: str, kind: str) -> dict[str, Any]:
+    """The fields that every answer and chunk starts with. The id is ours, whatever the client sent."""
+    head = {"id": f"{prefix}-{secrets.token_hex(16)}", "object": kind, "created": int(time.time())}
+    return head | {"model": state.model_name, "system_fingerprint": state.fingerprint}
+
+
+def usage(answer: Answer) -> dict[str, Any]:
+    """OpenAI's usage object."""
+    prompt, output = answer.prompt_tokens(), answer.output_tokens()
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens(), "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }

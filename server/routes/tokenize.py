@@ -1,0 +1,54 @@
+"""POST /tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.admission import check_ids, check_open, vocabulary
+from server.auth import guard
+from server.body import parse
+from server.generate import check_model
+from server.routes.chat import render
+from server.schema.tokenize import DetokenizeRequest, TokenizeRequest
+from server.state import server_state
+from server.token_text import spelled
+
+router = APIRouter(dependencies=[Depends(guard)])
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> Response:
+    """Token ids of a prompt, or of messages in the chat template."""
+    state = server_state(request)
+    ready = check_open(state)
+    assert state.tokenizer is not None
+    body = await parse(request, TokenizeRequest)
+    check_model(state, body.model)
+    if body.messages is not None:
+        ids = await render(request, state, body)
+    else:
+        special = body.add_special_tokens is not False
+        encode = state.tokenizer.encode
+        ids = await asyncio.to_thread(encode, body.prompt or "", add_special_tokens=special, allow_special=True)
+    document: dict[str, Any] = {"count": len(ids), "max_model_len": ready.max_context, "tokens": ids}
+    document["token_strs"] = [spelled(state.tokenizer, id) for id in ids] if body.return_token_strs else None
+    return Response(orjson.dumps(document), media_type="application/json")
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> Response:
+    """The text of token ids, special tokens spelled out."""
+    state = server_state(request)
+    ready = check_open(state)
+    assert state.tokenizer is not None
+    body = await parse(request, DetokenizeRequest)
+    check_model(state, body.model)
+    check_ids(body.tokens, vocabulary(state, ready), "tokens")
+    text = await asyncio.to_thread(state.tokenizer.decode, body.tokens, False)
+    return Response(orjson.dumps({"prompt": text}), media_type="application/json")
