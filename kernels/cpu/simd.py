@@ -1,0 +1,300 @@
+"""Vectors and memory for Numba: WIDTH float32 lanes in registers, loads and stores by address.
+
+Numba compiles good scalar code but gives no control over vectors, so the few operations the kernels need are emitted
+here as LLVM IR; LLVM makes two registers of a vector on AVX2 and AVX-512, four on NEON. Knows no tensor and no
+operation of a model. Addresses are int64 in bytes; nothing here checks bounds.
+
+How elements are stored travels as a value whose Numba type says it: F32, BF16 (the upper half of a float32) or F16.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models, register_default
+from numba.extending import intrinsic
+
+F32, BF16, F16 = np.float32(0), np.uint16(0), np.int16(0)
+KINDS = {"float32": F32, "bfloat16": BF16, "float16": F16}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+WIDTH = int(os.environ.get("PENSTOCK_SIMD_WIDTH", 32 if AVX512 else 16))  # lanes of a vector; the variable is for tests
+
+I16, I32, I64, FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+VECTOR, INT_VECTOR = ir.VectorType(FLOAT, WIDTH), ir.VectorType(I32, WIDTH)
+NOTHING = ir.Constant(ir.IntType(8).as_pointer(), None)  # the value of an operation that has none
+Builder = Any  # llvmlite.ir.IRBuilder
+Emit = Callable[..., Any]
+
+
+class Vec(types.Type):  # type: ignore[misc]
+    """Numba's name for a vector; a value, never an object."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Vec")
+
+
+@register_default(Vec)
+class _VecModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, VECTOR)
+
+
+vec = Vec()
+
+
+# --- intrinsics from emitters: an emitter takes the builder and LLVM values and returns one
+
+
+def op1(result: Any, a: Any, emit: Emit) -> Any:
+    """An intrinsic of one argument."""
+
+    @intrinsic
+    def operation(typing: Any, x: Any) -> Any:
+        return result(a), lambda context, builder, sig, args: emit(builder, *args)
+
+    return operation
+
+
+def op2(result: Any, a: Any, b: Any, emit: Emit) -> Any:
+    """An intrinsic of two arguments."""
+
+    @intrinsic
+    def operation(typing: Any, x: Any, y: Any) -> Any:
+        return result(a, b), lambda context, builder, sig, args: emit(builder, *args)
+
+    return operation
+
+
+def op3(result: Any, a: Any, b: Any, c: Any, emit: Emit) -> Any:
+    """An intrinsic of three arguments."""
+
+    @intrinsic
+    def operation(typing: Any, x: Any, y: Any, z: Any) -> Any:
+        return result(a, b, c), lambda context, builder, sig, args: emit(builder, *args)
+
+    return operation
+
+
+def constant(value: float) -> Any:
+    """A vector of one number, for emitters."""
+    return ir.Constant(VECTOR, [ir.Constant(FLOAT, float(np.float32(value)))] * WIDTH)
+
+
+def int_constant(value: int) -> Any:
+    """A vector of one int32, for emitters."""
+    return ir.Constant(INT_VECTOR, [ir.Constant(I32, value)] * WIDTH)
+
+
+def pointer(builder: Builder, address: Any, kind: Any) -> Any:
+    """An int64 as a pointer to an LLVM type."""
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def emit_broadcast(builder: Builder, value: Any) -> Any:
+    """A scalar in every lane."""
+    nothing = ir.Constant(VECTOR, ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, nothing, int_constant(0))
+
+
+def emit_fma(builder: Builder, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once."""
+    kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{WIDTH}f32"), [a, b, c])
+
+
+# --- memory
+
+PARTS = {types.float32: (FLOAT, 4), types.uint16: (I16, 2), types.int16: (ir.HalfType(), 2)}
+
+
+def emit_load(builder: Builder, kind: Any, address: Any, lanes: int = WIDTH) -> Any:
+    """`lanes` stored elements as float32; lanes 0 is a scalar."""
+    element, align = PARTS[kind]
+    shape = (lambda part: ir.VectorType(part, lanes)) if lanes else (lambda part: part)
+    value = builder.load(pointer(builder, address, shape(element)), align=align)
+    if kind == types.int16:
+        return builder.fpext(value, shape(FLOAT))
+    if kind == types.uint16:
+        shift = ir.Constant(shape(I32), [ir.Constant(I32, 16)] * lanes if lanes else 16)
+        return builder.bitcast(builder.shl(builder.zext(value, shape(I32)), shift), shape(FLOAT))
+    return value
+
+
+def emit_store(builder: Builder, kind: Any, address: Any, value: Any, lanes: int = WIDTH) -> Any:
+    """float32 to stored elements, rounded to the nearest, ties to even; NaN stays NaN. lanes 0 is a scalar."""
+    element, align = PARTS[kind]
+    shape = (lambda part: ir.VectorType(part, lanes)) if lanes else (lambda part: part)
+    if kind == types.int16:
+        value = builder.fptrunc(value, shape(element))
+    elif kind == types.uint16:
+        number = lambda n: ir.Constant(shape(I32), [ir.Constant(I32, n)] * lanes if lanes else n)  # noqa: E731
+        bits = builder.bitcast(value, shape(I32))
+        odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+        rounded = builder.lshr(builder.add(builder.add(bits, number(0x7FFF)), odd), number(16))
+        nan = builder.fcmp_unordered("uno", value, value)
+        value = builder.trunc(builder.select(nan, number(0x7FC0), rounded), shape(element))
+    builder.store(value, pointer(builder, address, shape(element)), align=align)
+    return NOTHING
+
+
+def _by_kind(result: Any, lanes: int, emit: Emit) -> Any:
+    @intrinsic
+    def operation(typing: Any, kind: Any, address: Any) -> Any:
+        return result(kind, types.int64), lambda context, builder, sig, args: emit(builder, kind, args[1], lanes)
+
+    return operation
+
+
+def _store_by_kind(value: Any, lanes: int) -> Any:
+    @intrinsic
+    def operation(typing: Any, kind: Any, address: Any, value_type: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return emit_store(builder, kind, args[1], args[2], lanes)
+
+        return types.void(kind, types.int64, value), generate
+
+    return operation
+
+
+load = _by_kind(vec, WIDTH, emit_load)  # load(kind, address) -> Vec
+get = _by_kind(types.float32, 0, emit_load)  # get(kind, address) -> float32
+store = _store_by_kind(vec, WIDTH)  # store(kind, address, Vec)
+put = _store_by_kind(types.float32, 0)  # put(kind, address, float32)
+
+
+def _load_int(bits: Any) -> Emit:
+    return lambda builder, address: builder.sext(builder.load(pointer(builder, address, bits), align=4), I64)
+
+
+get_i32 = op1(types.int64, types.int64, _load_int(I32))
+get_i64 = op1(types.int64, types.int64, lambda b, a: b.load(pointer(b, a, I64), align=8))
+get_f64 = op1(types.float64, types.int64, lambda b, a: b.load(pointer(b, a, ir.DoubleType()), align=8))
+
+
+def _store_word(kind: Any) -> Emit:
+    def emit(builder: Builder, address: Any, value: Any) -> Any:
+        builder.store(value, pointer(builder, address, kind), align=8)
+        return NOTHING
+
+    return emit
+
+
+put_i64 = op2(types.void, types.int64, types.int64, _store_word(I64))
+put_f64 = op2(types.void, types.int64, types.float64, _store_word(ir.DoubleType()))
+
+
+def _copy(bits: Any, align: int) -> Emit:
+    def emit(builder: Builder, to: Any, source: Any) -> Any:
+        value = builder.load(pointer(builder, source, bits), align=align)
+        builder.store(value, pointer(builder, to, bits), align=align)
+        return NOTHING
+
+    return emit
+
+
+copy_16 = op2(types.void, types.int64, types.int64, _copy(I16, 2))  # copy_16(to, source): 16 bits as they are
+copy_32 = op2(types.void, types.int64, types.int64, _copy(I32, 4))
+
+
+# --- arithmetic
+
+
+def _select_compare(compare: str) -> Emit:
+    # a NaN in y stays: the order of operands of `select` decides
+    return lambda b, x, y: b.select(b.fcmp_ordered(compare, x, y), x, y)
+
+
+spread = op1(vec, types.float32, emit_broadcast)
+add = op2(vec, vec, vec, lambda b, x, y: b.fadd(x, y))
+sub = op2(vec, vec, vec, lambda b, x, y: b.fsub(x, y))
+mul = op2(vec, vec, vec, lambda b, x, y: b.fmul(x, y))
+div = op2(vec, vec, vec, lambda b, x, y: b.fdiv(x, y))
+larger = op2(vec, vec, vec, _select_compare(">"))
+fma = op3(vec, vec, vec, vec, emit_fma)
+
+
+def _lanes(numbers: range) -> Any:
+    """A constant vector of int32, for shuffles."""
+    return ir.Constant(ir.VectorType(I32, len(numbers)), [ir.Constant(I32, n) for n in numbers])
+
+
+def _emit_fold(combine: Emit) -> Emit:
+    """All lanes to one by halves: always the same order."""
+
+    def emit(builder: Builder, value: Any) -> Any:
+        lanes = WIDTH
+        while lanes > 1:
+            lanes //= 2
+            nothing = ir.Constant(value.type, ir.Undefined)
+            low = builder.shuffle_vector(value, nothing, _lanes(range(lanes)))
+            high = builder.shuffle_vector(value, nothing, _lanes(range(lanes, 2 * lanes)))
+            value = combine(builder, low, high)
+        return builder.extract_element(value, ir.Constant(I32, 0))
+
+    return emit
+
+
+total = op1(types.float32, vec, _emit_fold(lambda b, x, y: b.fadd(x, y)))
+largest = op1(types.float32, vec, _emit_fold(_select_compare(">")))
+
+
+def _emit_exp(builder: Builder, x: Any) -> Any:
+    """exp within 2 units in the last place: 2^n * p(r), Cephes' polynomial (Moshier). Below -87 it is 0; NaN stays."""
+    low, high = constant(-87.0), constant(88.0)
+    inside = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+    inside = builder.select(builder.fcmp_ordered(">", inside, high), high, inside)
+    magic = constant(12582912.0)  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    shifted = emit_fma(builder, inside, constant(1.4426950408889634), magic)
+    n = builder.fsub(shifted, magic)
+    r = emit_fma(builder, n, constant(-0.693359375), inside)
+    r = emit_fma(builder, n, constant(2.12194440e-4), r)
+    p = constant(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = emit_fma(builder, p, r, constant(c))
+    y = builder.fadd(emit_fma(builder, p, builder.fmul(r, r), r), constant(1.0))
+    exponent = builder.shl(builder.bitcast(shifted, INT_VECTOR), int_constant(23))
+    y = builder.bitcast(builder.add(builder.bitcast(y, INT_VECTOR), exponent), VECTOR)
+    return builder.select(builder.fcmp_ordered("<", x, low), constant(0.0), y)
+
+
+exp = op1(vec, vec, _emit_exp)
+
+
+def _emit_keep(builder: Builder, value: Any, low: Any, high: Any) -> Any:
+    """Lanes low <= i < high of a vector, -inf in the others."""
+
+    def everywhere(number: Any) -> Any:
+        nothing = ir.Constant(INT_VECTOR, ir.Undefined)
+        first = builder.insert_element(nothing, builder.trunc(number, I32), ir.Constant(I32, 0))
+        return builder.shuffle_vector(first, nothing, int_constant(0))
+
+    lanes = _lanes(range(WIDTH))
+    from_low = builder.icmp_signed("<=", everywhere(low), lanes)
+    inside = builder.and_(from_low, builder.icmp_signed("<", lanes, everywhere(high)))
+    return builder.select(inside, value, constant(float("-inf")))
+
+
+keep = op3(vec, vec, types.int64, types.int64, _emit_keep)
+
+
+def stack(words: int) -> Any:
+    """An intrinsic that returns the address of `words` int64 on its caller's stack; the same at every call."""
+
+    @intrinsic
+    def buffer(typing: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(I64, words)), I64)
+
+        return types.int64(), generate
+
+    return buffer

@@ -1,0 +1,245 @@
+"""One small pool of threads for compiled kernels: run `function(arguments, index, thread)` for every index.
+
+Numba's own pools cost 64 us (workqueue) or spin without bound (OpenMP: 4 us, but ten milliseconds beside a busy
+process). This one costs about 1 us, its threads look for work for at most SPIN rounds after a call and then sleep,
+and a caller never waits for a thread that has not begun: indices are claimed one by one, so the caller does all of
+them itself if nobody comes. Knows no operation. Linux and macOS (pthreads).
+
+One 64-bit word, the ticket, holds the call's number (upper half) and the next index (lower half). A thread claims an
+index by compare-and-swap on the whole word, so a late one cannot take an index of a call that is over, and what it
+read of that call's description beforehand is right exactly if the swap succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from kernels.cpu.simd import I32, I64, NOTHING, get_i64, op1, op2, op3, pointer, put_i64
+
+SPIN = 4000  # rounds of about 10 ns: 40 us, the time Python takes from one operation of a layer to the next
+# Byte offsets in the shared state; what different threads write is on different cache lines.
+TICKET, DONE, SLEEPING, BUSY = 0, 128, 256, 384
+FUNCTION, ARGUMENTS, COUNT, THREADS, STOP = 512, 520, 528, 536, 544
+MUTEX, CONDITION, STATE_BYTES = 640, 768, 1024
+LOW = 0xFFFFFFFF
+
+
+def _emit_add(builder: Any, address: Any, value: Any) -> Any:
+    return builder.atomic_rmw("add", pointer(builder, address, I64), value, "seq_cst")
+
+
+def _emit_swap(builder: Any, address: Any, expected: Any, value: Any) -> Any:
+    pair = builder.cmpxchg(pointer(builder, address, I64), expected, value, "seq_cst", "seq_cst")
+    return builder.extract_value(pair, 1)
+
+
+def _emit_read(builder: Any, address: Any) -> Any:
+    return builder.load_atomic(pointer(builder, address, I64), "seq_cst", 8)
+
+
+def _emit_write(builder: Any, address: Any, value: Any) -> Any:
+    builder.store_atomic(value, pointer(builder, address, I64), "seq_cst", 8)
+    return NOTHING
+
+
+def _emit_pause(builder: Any) -> Any:
+    """Tells the core that this is a wait loop."""
+    arm = os.uname().machine in ("aarch64", "arm64")
+    kind = ir.FunctionType(ir.VoidType(), [I32] if arm else [])
+    name = "llvm.aarch64.hint" if arm else "llvm.x86.sse2.pause"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    builder.call(function, [ir.Constant(I32, 1)] if arm else [])
+    return NOTHING
+
+
+@intrinsic
+def pause(typing: Any) -> Any:
+    return types.void(), lambda context, builder, sig, args: _emit_pause(builder)
+
+
+atomic_add = op2(types.int64, types.int64, types.int64, _emit_add)  # returns the value before
+atomic_swap = op3(types.boolean, types.int64, types.int64, types.int64, _emit_swap)
+atomic_read = op1(types.int64, types.int64, _emit_read)
+atomic_write = op2(types.void, types.int64, types.int64, _emit_write)
+
+
+def _libc(name: str) -> Any:
+    """The emitter of a call to a C function of addresses, found by name in the running process."""
+
+    def emit(builder: Any, *args: Any) -> Any:
+        kind = ir.FunctionType(I32, [I64] * len(args))
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+    return emit
+
+
+mutex_init = op2(types.int32, types.int64, types.int64, _libc("pthread_mutex_init"))
+mutex_lock = op1(types.int32, types.int64, _libc("pthread_mutex_lock"))
+mutex_unlock = op1(types.int32, types.int64, _libc("pthread_mutex_unlock"))
+condition_init = op2(types.int32, types.int64, types.int64, _libc("pthread_cond_init"))
+condition_wait = op2(types.int32, types.int64, types.int64, _libc("pthread_cond_wait"))
+condition_wake = op1(types.int32, types.int64, _libc("pthread_cond_broadcast"))
+give_way = op1(types.int32, types.int64, _libc("sched_yield"))  # ignores its argument
+
+
+@intrinsic
+def invoke(typing: Any, function: Any, arguments: Any, index: Any, thread: Any) -> Any:
+    """Calls the address of a C function (arguments, index, thread)."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 3)
+        builder.call(pointer(builder, args[0], kind), args[1:])
+        return NOTHING
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@njit
+def _claim(state: int, call: int, thread: int) -> None:
+    """Does indices of one call until none is left or another call has begun."""
+    while True:
+        ticket = atomic_read(state + TICKET)
+        index = ticket & LOW
+        function, arguments = get_i64(state + FUNCTION), get_i64(state + ARGUMENTS)
+        if ticket >> 32 != call or index >= get_i64(state + COUNT):
+            return
+        if atomic_swap(state + TICKET, ticket, ticket + 1):
+            invoke(function, arguments, index, thread)
+            atomic_add(state + DONE, 1)
+
+
+@njit
+def parallel(state: int, function: int, arguments: int, count: int) -> None:
+    """function(arguments, index, thread) for every index below `count`; returns when all are done.
+
+    Runs them one after the other here if there is nothing to share or another caller has the pool.
+    """
+    if count <= 1 or get_i64(state + THREADS) <= 1 or not atomic_swap(state + BUSY, 0, 1):
+        for index in range(count):
+            invoke(function, arguments, index, 0)
+        return
+    put_i64(state + FUNCTION, function)
+    put_i64(state + ARGUMENTS, arguments)
+    put_i64(state + COUNT, count)
+    atomic_write(state + DONE, 0)
+    call = ((atomic_read(state + TICKET) >> 32) + 1) & 0x7FFFFFFF
+    atomic_write(state + TICKET, call << 32)
+    if atomic_read(state + SLEEPING) > 0:
+        mutex_lock(state + MUTEX)
+        condition_wake(state + CONDITION)
+        mutex_unlock(state + MUTEX)
+    _claim(state, call, 0)
+    spins = 0
+    while atomic_read(state + DONE) < count:  # only indices that another thread has begun
+        spins += 1
+        if spins < SPIN:
+            pause()
+        else:
+            give_way(0)
+    atomic_write(state + BUSY, 0)
+
+
+@njit("void(int64, int64)", nogil=True, cache=True)
+def _work(state: int, thread: int) -> None:
+    """A pool thread's life: look for a call, help, sleep when none came for SPIN rounds."""
+    seen = atomic_read(state + TICKET) >> 32
+    while atomic_read(state + STOP) == 0:
+        spins = 0
+        while atomic_read(state + TICKET) >> 32 == seen and spins < SPIN:
+            pause()
+            spins += 1
+        if atomic_read(state + TICKET) >> 32 == seen:
+            mutex_lock(state + MUTEX)
+            atomic_add(state + SLEEPING, 1)
+            while atomic_read(state + TICKET) >> 32 == seen and atomic_read(state + STOP) == 0:
+                condition_wait(state + CONDITION, state + MUTEX)
+            atomic_add(state + SLEEPING, -1)
+            mutex_unlock(state + MUTEX)
+        seen = atomic_read(state + TICKET) >> 32
+        _claim(state, seen, thread)
+
+
+@njit("void(int64)", cache=True)
+def _prepare(state: int) -> None:
+    mutex_init(state + MUTEX, 0)
+    condition_init(state + CONDITION, 0)
+
+
+@njit("void(int64)", nogil=True, cache=True)
+def _stop(state: int) -> None:
+    mutex_lock(state + MUTEX)
+    atomic_write(state + STOP, 1)
+    condition_wake(state + CONDITION)
+    mutex_unlock(state + MUTEX)
+
+
+class Pool:
+    """The threads and the state they share. The caller is one of the `threads`."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = max(1, threads)
+        self._memory = np.zeros(STATE_BYTES // 8 + 16, np.int64)  # must outlive the threads
+        self.state = -(-self._memory.ctypes.data // 128) * 128
+        offset = (self.state + THREADS - self._memory.ctypes.data) // 8
+        _prepare(self.state)
+        self._memory[offset] = self.threads
+        self._helpers = [
+            threading.Thread(target=_work, args=(self.state, i), name=f"kernel-{i}", daemon=True)
+            for i in range(1, self.threads)
+        ]
+        for helper in self._helpers:
+            helper.start()
+
+    def close(self) -> None:
+        """Ends the threads; the pool must be idle."""
+        _stop(self.state)
+        for helper in self._helpers:
+            helper.join()
+
+
+def available_threads() -> int:
+    """What the machine and OMP_NUM_THREADS allow."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return min(cores, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else cores
+
+
+_pool: Pool | None = None
+
+
+def set_threads(threads: int) -> None:
+    """Sets the number of threads, the caller included. ValueError below 1."""
+    global _pool
+    if threads < 1:
+        raise ValueError(f"The number of threads must be at least 1, not {threads}.")
+    if _pool is not None and _pool.threads != threads:
+        _pool.close()
+        _pool = None
+    if _pool is None:
+        _pool = Pool(threads)
+
+
+def pool() -> Pool:
+    """The process's pool, started at its first use."""
+    if _pool is None:
+        set_threads(available_threads())
+    assert _pool is not None
+    return _pool
+
+
+def _forget() -> None:
+    """A forked child has none of its parent's threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
