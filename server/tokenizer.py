@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,42 +37,68 @@ class Segment(NamedTuple):
     is_user_text: bool
 
 
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a model folder says about its tokenizer, before anything is built from it."""
+
+    spec: Json  # tokenizer.json
+    config: Json  # tokenizer_config.json
+    named: dict[str, str]  # bos_token, eos_token, ... as chat templates see them; tokenizer_config.json wins
+
+    @classmethod
+    def read(cls, folder: Path) -> TokenizerFiles:
+        """Raises CheckpointError."""
+        spec = read_json(folder / "tokenizer.json")
+        if spec is None:
+            raise CheckpointError(
+                f"{folder} holds no tokenizer.json. With transformers installed, this writes one:\n"
+                f"python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}')"
+                f".save_pretrained('{folder}')\""
+            )
+        config = read_json(folder / "tokenizer_config.json") or {}
+        spellings = {
+            name: _spelling(content.get(name))
+            for content in (read_json(folder / "special_tokens_map.json") or {}, config)
+            for name in NAMED_TOKENS
+        }
+        return cls(spec, config, {name: text for name, text in spellings.items() if isinstance(text, str)})
+
+    def added_tokens(self) -> list[Json]:
+        """tokenizer.json's added tokens, then those only the other files name; the named and listed are special."""
+        config = self.config
+        extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+        listed = extra.values() if isinstance(extra, dict) else extra
+        special = {*self.named.values(), *(text for text in map(_spelling, listed) if isinstance(text, str))}
+        tokens = {token["content"]: dict(token) for token in self.spec.get("added_tokens") or []}
+        declared = config.get("added_tokens_decoder") or {}
+        for id in sorted(declared, key=int):
+            token = {name: value for name, value in declared[id].items() if name != "__type"}
+            tokens.setdefault(token["content"], {**_added(token["content"], special=False), **token, "id": int(id)})
+        for content in sorted(special):
+            tokens.setdefault(content, _added(content))["special"] = True
+        return list(tokens.values())
+
+
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     """The tokenizer of a model folder. Reads files and builds tables: up to a second, call it in a thread.
 
     Raises CheckpointError.
     """
     folder = Path(model_dir)
-    spec = _read_json(folder / "tokenizer.json")
-    if spec is None:
-        raise CheckpointError(
-            f"{folder} holds no tokenizer.json. With transformers installed, this writes one:\n"
-            f"python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}')"
-            f".save_pretrained('{folder}')\""
-        )
-    config = _read_json(folder / "tokenizer_config.json") or {}
     try:
-        return Tokenizer(spec, named_tokens(folder), config)
+        return Tokenizer(TokenizerFiles.read(folder))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error!r:.300}") from None
-
-
-def named_tokens(folder: Path) -> dict[str, str]:
-    """Special tokens by name (bos_token, eos_token, ...), as chat templates see them; tokenizer_config.json wins."""
-    named: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        content = _read_json(folder / file) or {}
-        for name in NAMED_TOKENS:
-            if isinstance(spelling := _spelling(content.get(name)), str):
-                named[name] = spelling
-    return named
 
 
 def _spelling(value: Any) -> Any:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def _read_json(path: Path) -> Json | None:
+def read_json(path: Path) -> Json | None:
+    """The object in a JSON file; None if there is no such file. Raises CheckpointError."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES} bytes.")
@@ -88,10 +115,9 @@ def _read_json(path: Path) -> Json | None:
 class Tokenizer:
     """One model's tokenizer. All methods may be called from any thread."""
 
-    def __init__(self, spec: Json, named: Mapping[str, str], config: Json) -> None:
-        """spec: the content of tokenizer.json; named: special tokens by name; config: tokenizer_config.json."""
-        self.named = dict(named)
-        spec = {**spec, "truncation": None, "padding": None, "added_tokens": _added_tokens(spec, named, config)}
+    def __init__(self, files: TokenizerFiles) -> None:
+        self.named = files.named
+        spec = {**files.spec, "truncation": None, "padding": None, "added_tokens": files.added_tokens()}
         self._ordinary = _build(spec)
         added = self._ordinary.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
@@ -100,7 +126,7 @@ class Tokenizer:
         vocabulary = self._ordinary.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # every id that text can become is below
         self.bos_id, self.eos_id = (self._named_id(name) for name in ("bos_token", "eos_token"))
-        self._before, self._after = self._wrapping(config)
+        self._before, self._after = self._wrapping(files.config)
         self.pieces = _pieces(vocabulary, self.vocab_size, spec.get("decoder"))
 
     def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True) -> list[int]:
@@ -153,15 +179,17 @@ class Tokenizer:
         return [], []
 
 
-class _Guarded:
-    """The same vocabulary with special tokens under secret spellings.
+def is_guarded(spelling: str) -> bool:
+    """Whether users are kept from a special token. One of a single character or of white space is ordinary text too."""
+    return len(spelling) > 1 and not spelling.isspace()
 
-    A special token of one character or of white space keeps its spelling: it cannot be told from ordinary text.
-    """
+
+class _Guarded:
+    """The same vocabulary with special tokens under secret spellings, as far as they are guarded."""
 
     def __init__(self, spec: Json, ordinary: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
         nonce = secrets.token_hex(8)
-        guarded = {spelling: id for spelling, id in special.items() if len(spelling) > 1 and not spelling.isspace()}
+        guarded = {spelling: id for spelling, id in special.items() if is_guarded(spelling)}
         self._secret = {spelling: f"\ufdd0{nonce}{id:x}\ufdd1" for spelling, id in guarded.items()}
         self._single_word = {token["content"] for token in spec["added_tokens"] if token.get("single_word")}
         self._pattern = re.compile(any_of(guarded)) if guarded else None
@@ -244,22 +272,6 @@ def _build(spec: Json) -> tokenizers.Tokenizer:
 def _added(content: str, special: bool = True) -> Json:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": 0, "content": content, "special": special, **flags}
-
-
-def _added_tokens(spec: Json, named: Mapping[str, str], config: Json) -> list[Json]:
-    """tokenizer.json's added tokens, then those only the other files name; what has a name or is listed is special."""
-    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    listed = extra.values() if isinstance(extra, dict) else extra
-    special = {*named.values(), *(text for text in map(_spelling, listed) if isinstance(text, str))}
-    tokens = {token["content"]: dict(token) for token in spec.get("added_tokens") or []}
-    declared = config.get("added_tokens_decoder") or {}
-    for id in sorted(declared, key=int):
-        token = declared[id]
-        tokens.setdefault(token["content"], {**_added(token["content"], special=False), **token, "id": int(id)})
-        tokens[token["content"]].pop("__type", None)
-    for content in sorted(special):
-        tokens.setdefault(content, _added(content))["special"] = True
-    return list(tokens.values())
 
 
 class Pieces(NamedTuple):
