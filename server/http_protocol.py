@@ -46,6 +46,8 @@ def _check(request: h11.Request) -> None:
     size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in headers)
     if size > MAX_HEADER_BYTES or len(headers) > MAX_HEADERS:
         raise h11.RemoteProtocolError("too many headers", error_status_hint=431)
+    if request.http_version not in (b"1.0", b"1.1"):
+        raise h11.RemoteProtocolError("unknown version", error_status_hint=400)
     names = [name for name, _ in headers]
     if b"transfer-encoding" in names and b"content-length" in names:
         raise h11.RemoteProtocolError("both Transfer-Encoding and Content-Length", error_status_hint=400)

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
+
+import orjson
 
 from engine.messages import (
     BLOCK_SIZE,
@@ -26,7 +31,7 @@ from engine.messages import (
     TokenLogprob,
 )
 from server.engine_client import EngineClient
-from server.tokenizer import Segment, Tokenizer, byte_alphabet
+from server.tokenizer import Segment, Tokenizer, byte_alphabet, load_tokenizer
 
 IM_START, IM_END, BOS = 256, 257, 258
 VOCAB = 259
@@ -35,8 +40,16 @@ Say = int | float | asyncio.Event | Delta
 Script = Callable[[Submit], Iterator[Say]]
 
 
+@cache
 def byte_tokenizer(bos: bool = False) -> Tokenizer:
     """One token per byte, its id the byte; three special tokens above."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_byte_tokenizer(Path(folder), bos)
+        return load_tokenizer(folder)
+
+
+def write_byte_tokenizer(folder: Path, bos: bool = False) -> None:
+    """The files of that tokenizer."""
     specials = ["<|im_start|>", "<|im_end|>", "<s>"]
     added = [
         {"id": 256 + i, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False}
@@ -52,7 +65,9 @@ def byte_tokenizer(bos: bool = False) -> Tokenizer:
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": byte_alphabet(), "merges": []},
     }
-    return Tokenizer(spec, {"eos_token": "<|im_end|>", "bos_token": "<s>"}, {"add_bos_token": bos})
+    config = {"eos_token": "<|im_end|>", "bos_token": "<s>", "add_bos_token": bos}
+    (folder / "tokenizer.json").write_bytes(orjson.dumps(spec))
+    (folder / "tokenizer_config.json").write_bytes(orjson.dumps(config))
 
 
 class FakeTemplates:
