@@ -124,12 +124,12 @@ def _fill(model: CausalLM, checkpoint: Checkpoint, place: Placement, progress: C
 
 
 def _measure_form(model: CausalLM, device: torch.device, dtype: torch.dtype, kernels: Kernels) -> str:
+    if kernels.name == "torch" or device.type != "cpu":
+        return "torch"
     import torch
 
     from kernels.linear import choose_form
 
-    if kernels.name == "torch":
-        return "torch"
     shapes = [(sum(linear.parts.values()), linear.in_features) for linear in model.weights.linears()]
     return choose_form(dtype, device.type, shapes, torch.get_num_threads())[0]
 

@@ -40,6 +40,7 @@ class Linear:
             read(f"{part}.weight", rows)
         self.weight = pack(weight, place.linear_form)
         if self.has_bias:
-            self.bias = torch.empty(sum(sizes), dtype=place.activations, device=place.device)
-            for part, rows in zip(self.parts, self.bias.split(sizes), strict=True):
+            bias = torch.empty(sum(sizes), dtype=place.dtype, device=place.device)
+            for part, rows in zip(self.parts, bias.split(sizes), strict=True):
                 read(f"{part}.bias", rows)
+            self.bias = bias.to(place.activations)

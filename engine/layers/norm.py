@@ -13,7 +13,7 @@ from kernels import Kernels
 
 @dataclass(slots=True)
 class RMSNorm:
-    """Zhang & Sennrich 2019, arXiv 1910.07467. The weight is held in the activations' dtype."""
+    """Zhang & Sennrich 2019, arXiv 1910.07467. The weight is rounded to the model's dtype, held in the activations'."""
 
     name: str
     size: int
@@ -33,5 +33,6 @@ class RMSNorm:
         return {f"{self.name}.weight": (self.size,)}
 
     def load(self, read: Read, place: Placement) -> None:
-        self.weight = torch.empty(self.size, dtype=place.activations, device=place.device)
-        read(f"{self.name}.weight", self.weight)
+        weight = torch.empty(self.size, dtype=place.dtype, device=place.device)
+        read(f"{self.name}.weight", weight)
+        self.weight = weight.to(place.activations)

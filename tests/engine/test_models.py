@@ -1,0 +1,268 @@
+"""Every family gives transformers' probabilities, however its tokens are cut into steps and whoever shares them.
+
+A small driver stands in for scheduler and runner: it hands out scattered pages and builds the batches.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils import logging
+
+from engine.batch import Batch
+from engine.checkpoint import load_model, open_checkpoint
+from engine.messages import BLOCK_SIZE
+from engine.models.llama import LlamaForCausalLM
+from kernels import choose
+from kernels.linear import unpack
+from tests.engine.tiny import ARCHITECTURES, make_checkpoint, random_weights
+
+logging.disable_progress_bar()
+
+CPU = torch.device("cpu")
+FORMS = {"torch": "torch", "cpu": "numba"}  # kernels -> linear form
+LENGTHS = (70, 33, 5)  # prompts; longer than every window and original context below
+NEW_TOKENS = 8
+TOLERANCE = 1e-4
+
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 20, "num_hidden_layers": 3}
+CASES: dict[str, list[dict[str, Any]]] = {
+    "LlamaForCausalLM": [
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+        {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True},
+        {"rope_scaling": {"type": "linear", "factor": 2.5}, "num_key_value_heads": 1, "num_attention_heads": 8},
+        {"rope_scaling": {"type": "dynamic", "factor": 3.0}, "max_position_embeddings": 32},
+        {"rope_scaling": {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 32}},
+        {"rope_scaling": YARN, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 2},
+        {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False, "beta_fast": 8}},
+    ],
+    "MistralForCausalLM": [
+        {"sliding_window": 20},
+        {"sliding_window": 3, "tie_word_embeddings": True},
+        {"sliding_window": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 48},
+        {"sliding_window": 33, "rope_parameters": {**YARN, "rope_theta": 5e4, "attention_factor": 1.2}},
+    ],
+    "Qwen2ForCausalLM": [
+        {"tie_word_embeddings": True, "num_attention_heads": 7, "num_key_value_heads": 7, "hidden_size": 56},
+        {**WINDOWS, "max_window_layers": 1},
+        {"rope_scaling": YARN, "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 36, "head_dim": 10},
+    ],
+    "Qwen3ForCausalLM": [
+        {"attention_bias": True, "tie_word_embeddings": False},
+        {**WINDOWS, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}, "tie_word_embeddings": True},
+    ],
+}
+NUMBERED = [(architecture, i) for architecture in ARCHITECTURES for i in range(len(CASES[architecture]))]
+
+
+@dataclass
+class Sequence:
+    length: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+
+class Driver:
+    """Feeds any number of sequences to a model, some tokens of each per step; keeps caches and block tables."""
+
+    def __init__(self, model: LlamaForCausalLM, seed: int, dtype: torch.dtype = torch.float32):
+        shape = (40, model.config.num_kv_heads, BLOCK_SIZE, model.config.head_dim)
+        self.model = model
+        self.caches = [(torch.full(shape, torch.nan, dtype=dtype),) * 2 for _ in range(model.config.num_layers)]
+        self.caches = [(k.clone(), v.clone()) for k, v in self.caches]
+        self.free = random.Random(seed).sample(range(40), 40)
+        self.sequences: dict[int, Sequence] = {}
+
+    @torch.inference_mode()
+    def step(self, feed: dict[int, list[int]]) -> dict[int, Tensor]:
+        """Log-probabilities [n, V] after each of the n new tokens of each sequence."""
+        seqs = [self.sequences.setdefault(i, Sequence()) for i in feed]
+        positions, slots = [], []
+        for seq, ids in zip(seqs, feed.values(), strict=True):
+            for _ in ids:
+                if seq.length % BLOCK_SIZE == 0:
+                    seq.blocks.append(self.free.pop())
+                positions.append(seq.length)
+                slots.append(seq.blocks[-1] * BLOCK_SIZE + seq.length % BLOCK_SIZE)
+                seq.length += 1
+        counts = torch.tensor([0] + [len(ids) for ids in feed.values()])
+        width = max(len(seq.blocks) for seq in seqs)
+        batch = Batch(
+            token_ids=torch.tensor([i for ids in feed.values() for i in ids]),
+            positions=torch.tensor(positions),
+            slot_mapping=torch.tensor(slots),
+            query_start=counts.cumsum(0).int(),
+            seq_lens=torch.tensor([seq.length for seq in seqs], dtype=torch.int32),
+            block_tables=torch.tensor(
+                [seq.blocks + [0] * (width - len(seq.blocks)) for seq in seqs], dtype=torch.int32
+            ),
+            logits_rows=torch.arange(len(positions)),
+            max_query_len=int(counts.max()),
+            max_seq_len=max(seq.length for seq in seqs),
+        )
+        logits = self.model.logits(self.model.forward(batch, self.caches))
+        assert logits.dtype == torch.float32
+        return dict(zip(feed, logits.log_softmax(-1).split(counts[1:].tolist()), strict=True))
+
+
+def generate(
+    driver: Driver, prompts: dict[int, list[int]], most: int, seed: int
+) -> dict[int, tuple[list[int], Tensor]]:
+    """Each prompt and its greedy continuation, in steps of 1 to `most` tokens of every sequence that is not done.
+
+    Returns ids and the log-probabilities [len(ids), V] after each of them. Sequences join one by one.
+    """
+    rng = random.Random(seed)
+    ids = {i: list(prompt) for i, prompt in prompts.items()}
+    rows: dict[int, list[Tensor]] = {i: [] for i in prompts}
+    fed = dict.fromkeys(prompts, 0)
+    joined: list[int] = []
+    while len(joined) < len(ids) or any(fed[i] < len(ids[i]) for i in joined):
+        joined += [i for i in ids if i not in joined][:1]
+        feed = {i: ids[i][fed[i] : fed[i] + rng.randint(1, most)] for i in joined if fed[i] < len(ids[i])}
+        for i, logprobs in driver.step(feed).items():
+            rows[i].append(logprobs)
+            fed[i] += len(logprobs)
+            if fed[i] == len(ids[i]) < len(prompts[i]) + NEW_TOKENS:
+                ids[i].append(int(logprobs[-1].argmax()))
+    return {i: (ids[i], torch.cat(rows[i])) for i in ids}
+
+
+@dataclass
+class Case:
+    """One checkpoint with transformers' answers for it."""
+
+    path: Path
+    prompts: dict[int, list[int]]
+    expected: dict[int, tuple[list[int], Tensor]]
+
+
+@pytest.fixture(scope="module")
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes each case once, whatever number of tests looks at it."""
+
+    @cache
+    def make(architecture: str, number: int) -> Case:
+        config = CASES[architecture][number]
+        path = make_checkpoint(tmp_path_factory.mktemp("tiny"), architecture, number, **config)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        generator = torch.Generator().manual_seed(number)
+        vocab = model.config.vocab_size
+        prompts = {i: torch.randint(vocab, (n,), generator=generator).tolist() for i, n in enumerate(LENGTHS)}
+        one_by_one = "dynamic" in str(config)  # see engine/layers/rope.py
+        return Case(path, prompts, {i: answer(model, prompt, one_by_one) for i, prompt in prompts.items()})
+
+    return make
+
+
+@torch.inference_mode()
+def answer(model: PreTrainedModel, prompt: list[int], one_by_one: bool) -> tuple[list[int], Tensor]:
+    """transformers' greedy continuation and log-probabilities after each token, with its own cache."""
+    past, ids, rows = DynamicCache(config=model.config), list(prompt), []
+    chunks = [[i] for i in prompt] if one_by_one else [prompt]
+    while chunks:
+        logits = model(torch.tensor([chunks.pop(0)]), past_key_values=past, use_cache=True).logits[0]
+        rows.append(logits.log_softmax(-1))
+        if not chunks and len(ids) < len(prompt) + NEW_TOKENS:
+            ids.append(int(logits[-1].argmax()))
+            chunks = [[ids[-1]]]
+    return ids, torch.cat(rows)
+
+
+def load(path: Path, kernels: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    return load_model(open_checkpoint(path), CPU, dtype, choose("cpu", kernels), FORMS[kernels], max_positions=256)
+
+
+def assert_same(found: dict[int, tuple[list[int], Tensor]], expected: dict[int, tuple[list[int], Tensor]]) -> None:
+    for i, (ids, logprobs) in found.items():
+        torch.testing.assert_close(logprobs, expected[i][1], rtol=0, atol=TOLERANCE)
+        assert ids == expected[i][0]
+
+
+@pytest.mark.parametrize("kernels", FORMS)
+@pytest.mark.parametrize(("architecture", "number"), NUMBERED)
+def test_each_family_equals_transformers(case_of: Any, architecture: str, number: int, kernels: str) -> None:
+    """In one prefill, in chunks, and in a crowd: all probabilities after all tokens, and the greedy continuation."""
+    case: Case = case_of(architecture, number)
+    model = load(case.path, kernels)
+    alone, chunked = {}, {}
+    for i, prompt in case.prompts.items():
+        alone |= generate(Driver(model, seed=i), {i: prompt}, most=10**6, seed=i)
+        chunked |= generate(Driver(model, seed=i), {i: prompt}, most=9, seed=i)
+    crowd = generate(Driver(model, seed=number), case.prompts, most=17, seed=number)
+    for found in (alone, chunked, crowd):
+        assert_same(found, case.expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_on_a_cpu_the_bits_do_not_depend_on_chunks_or_neighbours(case_of: Any, architecture: str) -> None:
+    case: Case = case_of(architecture, 0)
+    model = load(case.path, "cpu")
+    crowd = generate(Driver(model, seed=1), case.prompts, most=13, seed=1)
+    for i, prompt in case.prompts.items():
+        ids, logprobs = generate(Driver(model, seed=2), {i: prompt}, most=10**6, seed=i)[i]
+        assert ids == crowd[i][0]
+        assert torch.equal(logprobs, crowd[i][1])
+
+
+def test_the_drawn_distributions_are_far_from_flat(case_of: Any) -> None:
+    """Else agreement would show little."""
+    for architecture, number in NUMBERED:
+        logprobs = case_of(architecture, number).expected[0][1]
+        entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+        assert entropy < 0.75 * torch.tensor(logprobs.shape[-1]).log(), (architecture, number)
+        assert logprobs.std() > 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_equal_transformers_on_the_same_cast_weights(
+    tmp_path: Path, architecture: str, stored: torch.dtype, wanted: torch.dtype
+) -> None:
+    """Activations are float32 on a CPU, so the only rounding is that of the weights."""
+    path = make_checkpoint(tmp_path, architecture, seed=5, dtype=stored)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=stored).to(wanted).float().eval()
+    prompt = torch.randint(256, (40,), generator=torch.Generator().manual_seed(5)).tolist()
+    ours = generate(Driver(load(path, "cpu", wanted), seed=5), {0: prompt}, most=11, seed=5)
+    assert_same(ours, {0: answer(reference, prompt, one_by_one=False)})
+
+
+@pytest.mark.parametrize("kernels", FORMS)
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
+def test_loaded_weights_are_the_files_cast_and_stacked(tmp_path: Path, kernels: str, wanted: torch.dtype) -> None:
+    path = make_checkpoint(
+        tmp_path, "Qwen2ForCausalLM", seed=6, shards=4, dtype=torch.bfloat16, tie_word_embeddings=False
+    )
+    model, config = load(path, kernels, wanted), open_checkpoint(path).config
+    stored = random_weights(config, 6, torch.bfloat16)
+    for i, layer in enumerate(model.layers):
+        qkv = [f"model.layers.{i}.self_attn.{name}_proj" for name in "qkv"]
+        weight, bias = (torch.cat([stored[f"{name}.{kind}"] for name in qkv]) for kind in ("weight", "bias"))
+        assert torch.equal(unpack(layer.self_attn.qkv_proj.weight), weight.to(wanted))
+        assert torch.equal(layer.self_attn.qkv_proj.bias, bias.to(wanted).float())
+        down = stored[f"model.layers.{i}.mlp.down_proj.weight"].to(wanted)
+        assert torch.equal(unpack(layer.mlp.down_proj.weight), down)
+        norm = stored[f"model.layers.{i}.input_layernorm.weight"].to(wanted).float()
+        assert torch.equal(layer.input_layernorm.weight, norm)
+    ids = torch.arange(config["vocab_size"])
+    assert torch.equal(model.embed_tokens(ids), stored["model.embed_tokens.weight"].to(wanted).float())
+
+
+def test_a_cache_in_half_precision_moves_the_probabilities_only_a_little(case_of: Any) -> None:
+    case: Case = case_of("LlamaForCausalLM", 0)
+    driver = Driver(load(case.path, "cpu"), seed=0, dtype=torch.bfloat16)
+    logprobs = driver.step({0: case.prompts[0]})[0]
+    difference = (logprobs - case.expected[0][1][: len(logprobs)]).abs()
+    assert 1e-4 < difference.max() < 1.0
+    assert difference.mean() < 0.05
