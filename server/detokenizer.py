@@ -45,7 +45,7 @@ class Detokenizer:
         if before := [*islice(visible, CONTEXT)][::-1]:
             self._push(before)
             self._strip = 0
-            if self._table is None:
+            if self._shown < len(self._window):
                 self._slide()
 
     def push(self, ids: Sequence[int], final: bool = False) -> str:
