@@ -27,45 +27,30 @@ if TYPE_CHECKING:
 
 # R rows of the step's logits, V vocabulary; a "row" elsewhere is the persistent row of a running sequence
 Ids = NDArray[np.int64]
+Words = NDArray[np.uint64]
 
 MODEL_PRODUCED_NAN = -1  # in place of a token id: the model's logits held NaN, +inf or nothing but -inf
 NO_TOKEN_LEFT = -2  # in place of a token id: bias, allowed ids and bad words excluded every token
 
-_PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_PHILOX_KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
-_LOW_32 = np.uint64(0xFFFFFFFF)
-_32 = np.uint64(32)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 
 
-def philox(counter: list[NDArray[np.uint64]], key: list[NDArray[np.uint64]]) -> list[NDArray[np.uint64]]:
-    """Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), elementwise.
+def mix(z: Words) -> Words:
+    """SplitMix64's output function (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
-    Four counter words and two key words below 2**32, held in uint64; returns four words below 2**32.
+
+def uniform(seeds: Words, positions: Ids) -> NDArray[np.float64]:
+    """A number in [0, 1) for each (seed, position), arrays of one length; position is the new token's index.
+
+    The upper 53 bits of output number `position` of the SplitMix64 generator that starts at mix(seed + GOLDEN). Nothing
+    is stepped: any position can be asked for at any time, in any batch, in any process. All arithmetic modulo 2**64.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        product0, product1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (product1 >> _32) ^ c1 ^ k0,
-            product1 & _LOW_32,
-            (product0 >> _32) ^ c3 ^ k1,
-            product0 & _LOW_32,
-        )
-        k0, k1 = (k0 + _PHILOX_KEY_STEPS[0]) & _LOW_32, (k1 + _PHILOX_KEY_STEPS[1]) & _LOW_32
-    return [c0, c1, c2, c3]
-
-
-def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A number in [0, 1) for each (seed, position): Philox with the seed as key, the position as counter.
-
-    position is the index of the new token in its sequence. The upper 53 of the first two words' 64 bits.
-    """
-    seeds, counters = seeds.astype(np.uint64), positions.astype(np.uint64)
-    zero = np.zeros_like(counters)
-    counter = [counters & _LOW_32, counters >> _32, zero, zero]
-    high, low, _, _ = philox(counter, [seeds & _LOW_32, seeds >> _32])
-    return ((high << _32 | low) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    start = mix(seeds + GOLDEN)
+    words = mix(start + (positions.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(slots=True)
