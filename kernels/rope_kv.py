@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (arguments of kernels have Triton's types, which mypy does not know)
 """Rotary position embedding and the write of K and V into their pages. Su et al. 2021, arXiv 2104.09864.
 
 Knows angles only as a table of cosines and sines; how a model scales them is the engine's.
@@ -5,8 +7,12 @@ Knows angles only as a table of cosines and sines; how a model scales them is th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from kernels.jit import OPTIONS, jit, next_power_of_2, tl
 
 # T tokens, H query heads, K kv heads, E head dim, N blocks, P block size
 
@@ -44,3 +50,95 @@ def _rotate(x_THE: Tensor, cos_sin_TR: Tensor) -> Tensor:
     first, second = x32[..., : rot // 2], x32[..., rot // 2 : rot]
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin, x32[..., rot:]], dim=-1)
     return rotated.to(x_THE.dtype)
+
+
+# The Triton form: a program takes a few heads of one token; the last ones of a token are k's and v's.
+
+HEADS = 8  # heads of a program
+
+
+@jit()
+def _rope_kv(
+    q_ptr, k_ptr, v_ptr, cos_sin_ptr, position_ptr, slot_ptr, k_cache_ptr, v_cache_ptr,
+    q_stride, k_stride, v_stride, block_stride, head_stride,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, PAGE: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Grid (T, cdiv(H, HEADS) + cdiv(K, HEADS)). ROT features are rotated; BLOCK_R, BLOCK_E: ROT / 2, E padded."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    position = tl.load(position_ptr + token)
+    angle = tl.arange(0, BLOCK_R)
+    is_angle = angle < ROT // 2
+    cos = tl.load(cos_sin_ptr + position * ROT + angle, mask=is_angle, other=0.0)[None, :]
+    sin = tl.load(cos_sin_ptr + position * ROT + ROT // 2 + angle, mask=is_angle, other=0.0)[None, :]
+    Q_GROUPS: tl.constexpr = (H + HEADS - 1) // HEADS
+    if group < Q_GROUPS:
+        head = group * HEADS + tl.arange(0, HEADS)
+        at = q_ptr + token * q_stride + (head * E)[:, None] + angle[None, :]
+        is_item = (head < H)[:, None] & is_angle[None, :]
+        first = tl.load(at, mask=is_item, other=0.0).to(tl.float32)
+        second = tl.load(at + ROT // 2, mask=is_item, other=0.0).to(tl.float32)
+        tl.store(at, (first * cos - second * sin).to(q_ptr.dtype.element_ty), mask=is_item)
+        tl.store(at + ROT // 2, (second * cos + first * sin).to(q_ptr.dtype.element_ty), mask=is_item)
+        return
+    slot = tl.load(slot_ptr + token)
+    if slot < 0:
+        return
+    head = (group - Q_GROUPS) * HEADS + tl.arange(0, HEADS)
+    to = slot // PAGE * block_stride + head.to(tl.int64) * head_stride + slot % PAGE * E
+    is_item = (head < K)[:, None] & is_angle[None, :]
+    at = k_ptr + token * k_stride + (head * E)[:, None]
+    first = tl.load(at + angle[None, :], mask=is_item, other=0.0).to(tl.float32)
+    second = tl.load(at + ROT // 2 + angle[None, :], mask=is_item, other=0.0).to(tl.float32)
+    to_k = k_cache_ptr + to[:, None]
+    rotated = (first * cos - second * sin).to(k_ptr.dtype.element_ty)
+    tl.store(to_k + angle[None, :], rotated.to(k_cache_ptr.dtype.element_ty), mask=is_item)
+    rotated = (second * cos + first * sin).to(k_ptr.dtype.element_ty)
+    tl.store(to_k + ROT // 2 + angle[None, :], rotated.to(k_cache_ptr.dtype.element_ty), mask=is_item)
+    feature = tl.arange(0, BLOCK_E)[None, :]
+    is_item = (head < K)[:, None] & (feature < E)
+    if ROT < E:  # the rest of k goes as it is
+        rest = is_item & (feature >= ROT)
+        tl.store(to_k + feature, tl.load(at + feature, mask=rest).to(k_cache_ptr.dtype.element_ty), mask=rest)
+    v = tl.load(v_ptr + token * v_stride + (head * E)[:, None] + feature, mask=is_item)
+    tl.store(v_cache_ptr + to[:, None] + feature, v.to(v_cache_ptr.dtype.element_ty), mask=is_item)
+
+
+def constants(heads: int, kv_heads: int, head_dim: int, rot: int, page: int) -> dict[str, Any]:
+    """`_rope_kv`'s compile-time constants and launch options."""
+    return {
+        "H": heads,
+        "K": kv_heads,
+        "E": head_dim,
+        "ROT": rot,
+        "PAGE": page,
+        "HEADS": HEADS,
+        "BLOCK_R": next_power_of_2(rot // 2),
+        "BLOCK_E": next_power_of_2(head_dim),
+        "num_warps": 4 if head_dim > 128 else 2,
+    }
+
+
+def rope_kv_triton(
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> None:
+    """rope_kv on a GPU, in one launch. Heads of q, k and v must be contiguous within a token."""
+    (tokens, heads, head_dim), kv_heads = q_THE.shape, k_TKE.shape[1]
+    assert all(x.stride()[1:] == (head_dim, 1) for x in (q_THE, k_TKE, v_TKE))
+    assert cos_sin.is_contiguous()
+    assert k_cache.stride() == v_cache.stride()
+    assert k_cache.stride()[2:] == (head_dim, 1)
+    chosen = constants(heads, kv_heads, head_dim, cos_sin.shape[1], k_cache.shape[2])
+    _rope_kv[(tokens, -(-heads // HEADS) + -(-kv_heads // HEADS))](
+        q_THE, k_TKE, v_TKE, cos_sin, positions, slot_mapping, k_cache, v_cache,
+        q_THE.stride(0), k_TKE.stride(0), v_TKE.stride(0), k_cache.stride(0), k_cache.stride(1),
+        **chosen, **OPTIONS,
+    )  # fmt: skip

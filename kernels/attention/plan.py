@@ -1,0 +1,97 @@
+"""How a launch of paged attention is cut into programs: tiles per GPU and head size, and splits of long contexts.
+
+Pure arithmetic on sizes, so that every choice can be tested and compiled without a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_SPLITS = 64  # parts of one context; the second stage holds one value per part and feature in registers
+MIN_SPLIT_TOKENS = 256  # a part shorter than this costs more in the second stage than it saves
+ANY = 2**31 - 1
+PROGRAMS_PER_SM = 2  # enough to keep loads in flight on every multiprocessor while one program finishes
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's share: `rows` of (query, head in the group) against `keys` at a time."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# target -> padded head size -> tile. Found by compiling (docs/kernels.md): the largest that do not spill.
+# "short": sequences with few new tokens (decode); bound by memory, so what counts is bytes in flight.
+# "long": prefill chunks; bound by the tensor cores, so rows are as many as registers allow.
+SHORT: dict[str, dict[int, Tile]] = {
+    "sm_80": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
+    "sm_90": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
+    "sm_100": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
+    "gfx942": {64: Tile(16, 64, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 32, 4, 1)},
+}
+LONG: dict[str, dict[int, Tile]] = {
+    "sm_80": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3)},
+    "sm_90": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 3)},
+    "sm_100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 3)},
+    "gfx942": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The least power of two that holds a head; at least 16, a tensor core's depth."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def target_name(capability: tuple[int, int], hip: bool) -> str:
+    """The row of the tables for a GPU; consumer GPUs (8.6, 8.9, 12.0) have sm_80's small shared memory."""
+    if hip:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
+
+
+def tile(target: str, head_dim: int, group: int, *, short: bool) -> Tile:
+    """The tile for a head size and a number of query heads per kv head."""
+    sizes = (SHORT if short else LONG)[target]
+    chosen = sizes[min(256, max(64, padded_head_dim(head_dim)))]
+    rows = max(chosen.rows, 1 << (group - 1).bit_length())  # one query's whole group must fit
+    return Tile(rows, chosen.keys, chosen.warps, chosen.stages)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch over the sequences that have from `fewest` to `most` new tokens."""
+
+    tile: Tile
+    short: bool  # one tile per sequence, found without a search
+    fewest: int
+    most: int
+    tiles: int
+
+
+def launches(
+    target: str, num_tokens: int, num_seqs: int, group: int, head_dim: int, max_query_len: int
+) -> list[Launch]:
+    """A decode step is one short launch; one prompt alone is one long launch; a mixture is one of each."""
+    few = tile(target, head_dim, group, short=True)
+    most = few.rows // group
+    short = Launch(few, True, 1, most, num_seqs)
+    if max_query_len <= most:
+        return [short]
+    many = tile(target, head_dim, group, short=False)
+    tiles = num_tokens // (many.rows // group) + num_seqs
+    if num_seqs == 1:
+        return [Launch(many, False, 1, ANY, tiles)]
+    return [short, Launch(many, False, most + 1, ANY, tiles)]
+
+
+def splits(programs: int, max_seq_len: int, multiprocessors: int) -> int:
+    """Into how many parts each context is cut so that `programs` (tiles x kv heads) fill the GPU.
+
+    Depends on sizes the host knows; the kernel decides from the true lengths how many of the parts get work, so a
+    captured graph stays right for every length.
+    """
+    wanted = -(-PROGRAMS_PER_SM * multiprocessors // programs)
+    return max(1, min(wanted, -(-max_seq_len // MIN_SPLIT_TOKENS), MAX_SPLITS))
