@@ -138,10 +138,9 @@ class BlockPool:
     def check(self, tables: Iterable[list[int]] | None = None) -> None:
         """Each block is free or referenced, never both; counts equal the tables that hold it; addresses are mutual."""
         for i, block in enumerate(self.blocks):
-            assert block.num_refs >= 0, f"block {i} is referenced {block.num_refs} times"
             assert (block.num_refs == 0) == (i in self.free), f"block {i} is both free and held, or neither"
             assert block.digest is None or self.findable.get(block.digest) == i, f"block {i} is not findable"
-        assert all(self.blocks[i].digest == digest for digest, i in self.findable.items())
+        assert all(self.blocks[i].digest == digest for digest, i in self.findable.items()), "an address of nothing"
         if tables is not None:
             held = Counter(i for table in tables for i in table)
             assert all(block.num_refs == held[i] for i, block in enumerate(self.blocks)), "counts differ from tables"

@@ -66,13 +66,16 @@ class Engine:
         """Fail what the step was for, or only its largest newcomer when memory ran out, and rebuild the state."""
         log.error("a step of %d sequences failed", len(plan.num_tokens), exc_info=error)
         rows = [seq for seq in plan.num_tokens if seq.status is Status.RUNNING]
-        if in_runner and _is_out_of_memory(error) and rows:
+        code = "internal_error"
+        if not rows:  # it was the scheduler that failed, on one that runs or on the first that waits
+            rows = [*self.scheduler.running, *self.scheduler.waiting[:1]]
+        elif in_runner and _is_out_of_memory(error):
             # The others were not advanced: they run again in the next step, which is so much smaller.
-            self.scheduler.fail(max(rows, key=lambda seq: (plan.num_tokens[seq], seq.order)), "out_of_memory")
-        else:
-            # Without a plan it was the scheduler that failed, on one that runs or on the first that waits.
-            for seq in rows or [*self.scheduler.running, *self.scheduler.waiting[:1]]:
-                self.scheduler.fail(seq, "internal_error")
+            rows = [max(rows, key=lambda seq: (plan.num_tokens[seq], seq.order))]
+            code = "out_of_memory"
+        for seq in rows:
+            seq.blocks.clear()  # the pool's counts may be wrong by now: repair() makes them from the tables
+            self.scheduler.fail(seq, code)
         self._release_rows(self.scheduler.sequences.values())
         self.scheduler.repair()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from bisect import insort
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -20,7 +19,7 @@ from engine.messages import Delta, Stats, Submit, TokenLogprob
 from engine.sequence import Sequence, Status
 
 MAX_HEADROOM = 64.0  # blocks
-HEADROOM_DECAY = 0.99  # per step
+HEADROOM_DECAY = 0.995  # per step
 
 log = logging.getLogger("penstock.engine")
 by_order = attrgetter("order")
@@ -93,7 +92,9 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in order of service
         self.deltas: list[Delta] = []  # not yet taken
         self.left: list[Sequence] = []  # finished and not yet taken
-        self.headroom = 1.0  # blocks left free for the growth of each running sequence when one more is admitted
+        # Blocks left free for each running sequence to grow into when one more is admitted. A preemption doubles it.
+        self.headroom = 1.0
+        self.max_headroom = MAX_HEADROOM
 
         self.steps = 0
         self.preemptions = 0
@@ -169,7 +170,7 @@ class Scheduler:
         plan = StepPlan()
         budget = self.max_batch_tokens
         block_size = self.pool.block_size
-        self.headroom = max(1.0, self.headroom * HEADROOM_DECAY)
+        self.headroom = min(max(1.0, self.headroom * HEADROOM_DECAY), self.max_headroom)
         for seq in list(self.running):
             computed = seq.num_computed
             want = len(seq.tokens) - computed  # 1 in decode, a chunk in prefill: the same thing
@@ -204,7 +205,7 @@ class Scheduler:
         insort(self.waiting, seq, key=by_order)
         plan.preempted.append(seq)
         self.preemptions += 1
-        self.headroom = min(2 * self.headroom, MAX_HEADROOM)
+        self.headroom = min(2 * self.headroom, self.max_headroom)
         return plan.num_tokens.pop(seq, 0)
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
@@ -357,6 +358,10 @@ class Scheduler:
 
     def repair(self) -> None:
         """Rebuild every book from the sequences themselves, after a fault that may have left them half changed."""
+        for seq in [seq for seq in self.sequences.values() if seq.status is Status.FINISHED]:
+            del self.sequences[seq.id]
+            self.left.append(seq)
+            self._unblock_followers(seq)
         live = list(self.sequences.values())
         self.running = {seq: None for seq in [*self.running, *live] if seq.status is Status.RUNNING}
         self.waiting = sorted((seq for seq in live if seq.status is Status.WAITING), key=by_order)
@@ -370,16 +375,17 @@ class Scheduler:
 
     def check(self) -> None:
         """Each sequence is in exactly one state and place, and the pool agrees with the block tables."""
-        counts = Counter([*self.running, *self.waiting])
-        for seq in self.sequences.values():
-            counts.update(seq.followers)
-            assert not seq.followers or seq.num_computed < seq.prompt_len, f"{seq} keeps its followers"
-        assert set(counts) == set(self.sequences.values()), "a sequence is nowhere, or finished and still somewhere"
-        assert all(count == 1 for count in counts.values()), "a sequence is in two places"
+        live = self.sequences.values()
+        blocked = [follower for seq in live for follower in seq.followers]
+        places = [*self.running, *self.waiting, *blocked]
+        assert set(places) == set(live), "a sequence is nowhere, or finished and still somewhere"
+        assert len(places) == len(live), "a sequence is in two places"
+        assert all(seq.status is Status.BLOCKED and seq.leader is not None for seq in blocked)
         assert all(seq.status is Status.RUNNING for seq in self.running)
         assert all(seq.status is Status.WAITING and not seq.blocks for seq in self.waiting)
         assert len(self.running) <= self.max_sequences
         for seq in self.running:
+            assert not seq.followers or seq.num_computed < seq.prompt_len, f"{seq} keeps its followers"
             assert seq.num_computed <= len(seq.blocks) * self.pool.block_size, f"{seq} has too few blocks"
             assert seq.num_computed < len(seq.tokens) <= seq.max_len, f"{seq} has nothing to compute"
         self.pool.check(seq.blocks for seq in self.running)

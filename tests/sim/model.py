@@ -1,0 +1,206 @@
+"""A model that is a hash: what stands in a slot of its cache depends on the salt and on every token up to there.
+
+So a slot that holds anything but its own sequence's past, a shared block that should not be shared, or a row that
+outlived its sequence shows at once, as a wrong value or as a wrong token. `solo` says what one sequence alone gives.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from engine.block_pool import BlockPool
+from engine.messages import BLOCK_SIZE, SamplingParams, Submit, TokenLogprob
+from engine.scheduler import StepPlan, StepResult
+from engine.sequence import Sequence, Status
+
+MASK = (1 << 64) - 1
+EOS = 1
+ODD_IDS = (-1, 1 << 31, 1 << 63)
+
+
+def mix(state: int, value: int) -> int:
+    """One step of a 64-bit hash (the constants are Knuth's MMIX and a xorshift)."""
+    state = ((state ^ value) * 6364136223846793005 + 1442695040888963407) & MASK
+    return state ^ (state >> 29)
+
+
+def root(salt: str) -> int:
+    return mix(zlib.crc32(salt.encode()), 7)
+
+
+def draw(state: int, seed: int, position: int, vocab_size: int) -> int:
+    """The token at `position`, from the state of everything before it."""
+    return mix(mix(state, seed), position) % vocab_size
+
+
+def token_logprob(state: int, token: int) -> TokenLogprob:
+    return TokenLogprob(token, -(mix(state, token) % 1000) / 64, 1)
+
+
+@dataclass
+class Solo:
+    """What a sequence must give, whatever happens around it."""
+
+    tokens: list[int]
+    finish: str
+    logprobs: list[TokenLogprob]
+    prompt_logprobs: list[TokenLogprob | None]
+
+
+def solo(submit: Submit, vocab_size: int, max_len: int) -> Solo:
+    """The definition: one token after the other, nothing shared, nothing kept."""
+    params, state, position = submit.params, root(submit.salt), 0
+    prompt_logprobs: list[TokenLogprob | None] = []
+    for token in submit.prompt:
+        prompt_logprobs.append(token_logprob(state, token) if position else None)
+        state, position = mix(state, token), position + 1
+    tokens: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    limit = min(len(submit.prompt) + params.max_tokens, max_len)
+    while position < limit:
+        token = draw(state, params.seed, position, vocab_size)
+        logprobs.append(token_logprob(state, token))
+        tokens.append(token)
+        if len(tokens) > params.min_tokens and token in stop_ids(params):
+            return Solo(tokens, "stop", logprobs, prompt_logprobs)
+        state, position = mix(state, token), position + 1
+    return Solo(tokens, "length", logprobs, prompt_logprobs)
+
+
+def stop_ids(params: SamplingParams) -> list[int]:
+    return params.stop_token_ids + ([] if params.ignore_eos else params.eos_token_ids)
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's is."""
+
+
+@dataclass
+class Row:
+    """What a runner keeps of a sequence: its own copy of the block table, and the states it expects in the cache."""
+
+    table: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
+
+
+class FakeRunner:
+    """Implements `engine.scheduler.Runner`; notes what it should never have been asked for in `violations`."""
+
+    def __init__(self, pool: BlockPool, limits: dict[str, int], faults: dict[str, float], rng: random.Random) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.faults = faults
+        self.rng = rng
+        self.cache = [[0] * BLOCK_SIZE for _ in range(pool.num_blocks)]
+        self.cache_tokens = [[0] * BLOCK_SIZE for _ in range(pool.num_blocks)]
+        self.rows: dict[Sequence, Row] = {}
+        self.violations: list[str] = []
+        self.plan = StepPlan()
+        self.fault: str | None = None  # what was done to this step
+        self.victims: dict[int, str] = {}  # id -> the error code that it must get for it
+        self.pending: dict[int, str] = {}  # the same, if this step is not lost
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.plan, self.pending = plan, {}
+        self._check_plan(plan)
+        fault = next((name for name in ("raise", "oom") if self._strikes(name)), None)
+        rows_done = self.rng.randrange(len(plan.num_tokens) + 1) if fault else -1
+        result = StepResult()
+        for i, (seq, count) in enumerate(plan.num_tokens.items()):
+            if i == rows_done:
+                break
+            self._run_row(seq, count, result)
+        if fault:
+            self._raise(fault, plan)
+        self.victims |= self.pending
+        return result
+
+    def release(self, seq: Sequence) -> None:
+        self.rows.pop(seq, None)
+        if self._strikes("release"):
+            raise RuntimeError("injected: release")
+
+    def _strikes(self, name: str) -> bool:
+        return self.rng.random() < self.faults.get(name, 0.0)
+
+    def _raise(self, fault: str, plan: StepPlan) -> None:
+        self.fault = fault
+        if fault == "raise":
+            self.victims.update({seq.id: "internal_error" for seq in plan.num_tokens})
+            raise RuntimeError("injected: step")
+        newcomer = max(plan.num_tokens, key=lambda seq: (plan.num_tokens[seq], seq.order))
+        self.victims[newcomer.id] = "out_of_memory"
+        raise self.rng.choice([MemoryError, OutOfMemoryError])("injected: memory")
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        total = sum(plan.num_tokens.values())
+        if not 0 < total <= self.limits["max_batch_tokens"]:
+            self._wrong(f"a step of {total} tokens")
+        if len(plan.num_tokens) > self.limits["max_sequences"]:
+            self._wrong("too many sequences in a step")
+        written: dict[int, Sequence] = {}
+        for seq, count in plan.num_tokens.items():
+            end = seq.num_computed + count
+            if seq.status is not Status.RUNNING:
+                self._wrong(f"{seq} is in the plan")
+            if count < 1 or end > len(seq.tokens):
+                self._wrong(f"{count} tokens of {seq}")
+            if seq in plan.preempted:
+                self._wrong(f"{seq} is preempted and runs")
+            if end > len(seq.blocks) * BLOCK_SIZE:
+                self._wrong(f"{seq} has no block for its tokens")
+            for block_id in seq.blocks[seq.num_computed // BLOCK_SIZE : -(-end // BLOCK_SIZE)]:
+                if block_id in written:
+                    self._wrong(f"{seq} and {written.get(block_id)} write to block {block_id}")
+                if self.pool.blocks[block_id].num_refs != 1:
+                    self._wrong(f"{seq} writes to shared block {block_id}")
+                written[block_id] = seq
+
+    def _wrong(self, what: str) -> NoReturn:
+        self.violations.append(what)
+        raise AssertionError(what)
+
+    def _run_row(self, seq: Sequence, count: int, result: StepResult) -> None:
+        row = self.rows.setdefault(seq, Row())
+        if len(self.rows) > self.limits["max_sequences"]:
+            self._wrong("rows of sequences that are gone")
+        row.table += seq.blocks[len(row.table) :]
+        for token in seq.tokens[len(row.states) :]:
+            row.states.append(mix(row.states[-1] if row.states else root(seq.salt), token))
+        start, end = seq.num_computed, seq.num_computed + count
+        self._check_cache(seq, row, start)
+        state = self.cache[row.table[(start - 1) // BLOCK_SIZE]][(start - 1) % BLOCK_SIZE] if start else root(seq.salt)
+        entries: list[TokenLogprob] = []
+        for position in range(start, end):
+            block_id, offset = row.table[position // BLOCK_SIZE], position % BLOCK_SIZE
+            state = mix(state, seq.tokens[position])
+            self.cache[block_id][offset] = state
+            self.cache_tokens[block_id][offset] = seq.tokens[position]
+            if seq.prompt_logprobs is not None and position + 1 < seq.prompt_len:
+                entries.append(token_logprob(state, seq.tokens[position + 1]))
+        if entries:
+            result.prompt_logprobs[seq] = entries
+        if self._strikes("nan"):
+            result.failed[seq] = self.pending[seq.id] = "model_produced_nan"
+        elif end == len(seq.tokens):
+            self._draw(seq, state, result)
+
+    def _check_cache(self, seq: Sequence, row: Row, end: int) -> None:
+        """Attention reads every slot before the step: each must hold this sequence's own past."""
+        for i in range(0, end, BLOCK_SIZE):
+            count = min(BLOCK_SIZE, end - i)
+            held = self.cache[row.table[i // BLOCK_SIZE]][:count]
+            if held != row.states[i : i + count]:
+                self._wrong(f"{seq} finds others' values in its block {i // BLOCK_SIZE}")
+
+    def _draw(self, seq: Sequence, state: int, result: StepResult) -> None:
+        token = draw(state, seq.params.seed, len(seq.tokens), self.limits["vocab_size"])
+        result.tokens[seq] = token
+        if seq.params.logprobs is not None:
+            result.logprobs[seq] = token_logprob(state, token)
+        if len(seq.tokens) < seq.max_len and self._strikes("odd_id"):
+            result.tokens[seq] = self.rng.choice([*ODD_IDS, self.limits["vocab_size"]])
+            self.pending[seq.id] = "internal_error"
