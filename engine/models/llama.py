@@ -1,7 +1,7 @@
 """Llama: a pre-norm decoder with rotary attention and a gated MLP. Touvron et al. 2023, arXiv 2302.13971.
 
-Read from bottom to top: the model, its layers, their attention and MLP. The families that differ in one part
-(mistral.py, qwen2.py, qwen3.py) replace that part.
+Read from the top: the model, its layers, their attention and MLP. The families that differ in one part (mistral.py,
+qwen2.py, qwen3.py) replace that part.
 """
 
 from __future__ import annotations
@@ -19,65 +19,6 @@ from kernels import Kernels
 
 # T tokens in the step, L rows whose logits are wanted, D hidden, I intermediate, H query heads, K kv heads,
 # E head dim, V vocabulary
-
-
-class Attention:
-    """Grouped-query: H query heads share K heads of keys and values. Ainslie et al. 2023, arXiv 2305.13245."""
-
-    def __init__(self, config: ModelConfig, weights: Weights, attend: PagedAttention, qkv_bias: bool, out_bias: bool):
-        d, e, h, k = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
-        self.qkv_proj = weights.linear("qkv_proj", d, h * e, k * e, k * e, bias=qkv_bias)
-        self.o_proj = weights.linear("o_proj", h * e, d, bias=out_bias)
-        self.attend = attend
-        self.heads = (h, k, k)
-        self.all_heads = (-1, h + 2 * k, e)
-
-    def qkv(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of one tensor: q [T, H, E], k and v [T, K, E]."""
-        q_THE, k_TKE, v_TKE = self.qkv_proj(x_TD).view(self.all_heads).split(self.heads, dim=1)
-        return q_THE, k_TKE, v_TKE
-
-    def __call__(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        q_THE, k_TKE, v_TKE = self.qkv(x_TD)
-        o_THE = self.attend(q_THE, k_TKE, v_TKE, batch, cache)
-        return self.o_proj(o_THE.flatten(1))
-
-
-class MLP:
-    """down(silu(gate(x)) * up(x)). Shazeer 2020, arXiv 2002.05202."""
-
-    def __init__(self, config: ModelConfig, weights: Weights):
-        d, i = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = weights.linear("gate_up_proj", d, i, i, bias=config.mlp_bias)
-        self.down_proj = weights.linear("down_proj", i, d, bias=config.mlp_bias)
-        self.silu_mul = weights.kernels.silu_mul
-
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(self.silu_mul(self.gate_up_proj(x_TD)))
-
-
-class DecoderLayer:
-    """h = r + attention(norm(r)); h + mlp(norm(h)). The last addition is left to whoever norms next."""
-
-    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention):
-        self.input_layernorm = weights.norm("input_layernorm", config.hidden_size, config.rms_norm_eps)
-        self.self_attn = attention
-        self.post_attention_layernorm = weights.norm(
-            "post_attention_layernorm", config.hidden_size, config.rms_norm_eps
-        )
-        self.mlp = MLP(config, weights.at("mlp"))
-
-    def __call__(
-        self, x_TD: Tensor, residual_TD: Tensor | None, batch: Batch, cache: LayerCache
-    ) -> tuple[Tensor, Tensor]:
-        """(x, residual) whose sum is the residual stream; no residual yet in the first layer."""
-        if residual_TD is None:
-            x_TD, residual_TD = self.input_layernorm(x_TD), x_TD
-        else:
-            x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
-        x_TD = self.self_attn(x_TD, batch, cache)
-        x_TD, residual_TD = self.post_attention_layernorm.add(x_TD, residual_TD)
-        return self.mlp(x_TD), residual_TD
 
 
 class LlamaForCausalLM:
@@ -115,3 +56,62 @@ class LlamaForCausalLM:
     def logits(self, x_LD: Tensor) -> Tensor:
         """float32 [L, V] of the hidden states given, so pass only the rows wanted."""
         return self.lm_head(x_LD).float()
+
+
+class DecoderLayer:
+    """h = r + attention(norm(r)); h + mlp(norm(h)). The last addition is left to whoever norms next."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention):
+        self.input_layernorm = weights.norm("input_layernorm", config.hidden_size, config.rms_norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = weights.norm(
+            "post_attention_layernorm", config.hidden_size, config.rms_norm_eps
+        )
+        self.mlp = MLP(config, weights.at("mlp"))
+
+    def __call__(
+        self, x_TD: Tensor, residual_TD: Tensor | None, batch: Batch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """(x, residual) whose sum is the residual stream; no residual yet in the first layer."""
+        if residual_TD is None:
+            x_TD, residual_TD = self.input_layernorm(x_TD), x_TD
+        else:
+            x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
+        x_TD = self.self_attn(x_TD, batch, cache)
+        x_TD, residual_TD = self.post_attention_layernorm.add(x_TD, residual_TD)
+        return self.mlp(x_TD), residual_TD
+
+
+class Attention:
+    """Grouped-query: H query heads share K heads of keys and values. Ainslie et al. 2023, arXiv 2305.13245."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, attend: PagedAttention, qkv_bias: bool, out_bias: bool):
+        d, e, h, k = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
+        self.qkv_proj = weights.linear("qkv_proj", d, h * e, k * e, k * e, bias=qkv_bias)
+        self.o_proj = weights.linear("o_proj", h * e, d, bias=out_bias)
+        self.attend = attend
+        self.heads = (h, k, k)
+        self.all_heads = (-1, h + 2 * k, e)
+
+    def qkv(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of one tensor: q [T, H, E], k and v [T, K, E]."""
+        q_THE, k_TKE, v_TKE = self.qkv_proj(x_TD).view(self.all_heads).split(self.heads, dim=1)
+        return q_THE, k_TKE, v_TKE
+
+    def __call__(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        q_THE, k_TKE, v_TKE = self.qkv(x_TD)
+        o_THE = self.attend(q_THE, k_TKE, v_TKE, batch, cache)
+        return self.o_proj(o_THE.flatten(1))
+
+
+class MLP:
+    """down(silu(gate(x)) * up(x)). Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: ModelConfig, weights: Weights):
+        d, i = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = weights.linear("gate_up_proj", d, i, i, bias=config.mlp_bias)
+        self.down_proj = weights.linear("down_proj", i, d, bias=config.mlp_bias)
+        self.silu_mul = weights.kernels.silu_mul
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(self.silu_mul(self.gate_up_proj(x_TD)))
