@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from server.schema.common import COMMON_REFUSED, INT32, Generation, Logprobs, Refused, refuse
 
+MAX_PROMPTS = 2**16  # the bound that counts is --max-prompts
 FORMS = "must be a text, a list of texts, a list of token ids or a list of such lists, and not empty"
 
 
@@ -18,13 +19,13 @@ def _prompt(value: Any) -> list[str] | list[list[int]]:
         return [value]
     if not isinstance(value, list) or not value:
         raise PydanticCustomError("prompt_form", FORMS)
+    if not isinstance(value[0], int) and len(value) > MAX_PROMPTS:
+        raise PydanticCustomError("too_many", f"must have at most {MAX_PROMPTS} prompts")
     if all(isinstance(item, str) for item in value):
         return value
     lists = value if all(isinstance(item, list) for item in value) else [value]
     for ids in lists:
-        if not ids:
-            raise PydanticCustomError("prompt_form", FORMS)
-        if not all(type(id) is int for id in ids):  # a bool is an int to isinstance
+        if set(map(type, ids)) != {int}:  # empty, or something else among the ids; a bool is an int to isinstance
             raise PydanticCustomError("prompt_form", FORMS)
         if min(ids) < 0 or max(ids) > INT32:
             raise PydanticCustomError("prompt_ids", "must have token ids of the model's vocabulary")
