@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -55,6 +56,10 @@ def main(load: Load | None = None) -> None:
             serve(link, engine)
     except ConnectionError:
         pass  # the API is gone; so are we
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the teardown of torch and Triton takes long and talks much; the kernel takes everything back at once
 
 
 def guard(sock: socket.socket) -> None:

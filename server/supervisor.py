@@ -154,7 +154,8 @@ class Supervisor:
                 open_now = self._client.num_open()
                 log.warning("the engine %s; restart in %g s; %d open sequences are kept", reason, delay, open_now)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stop.wait(), delay)
+                    async with asyncio.timeout(delay):
+                        await self._stop.wait()
                 self._client.restarts += 1
         except Exception:
             log.exception("the supervisor failed")
@@ -188,7 +189,8 @@ class Supervisor:
         while True:
             before = time.monotonic()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(link.gone.wait(), TICK)
+                async with asyncio.timeout(TICK):
+                    await link.gone.wait()
             if link.gone.is_set() or process.poll() is not None:
                 return None
             now = time.monotonic()

@@ -7,8 +7,10 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from engine.messages import EngineOptions, Submit, TokenLogprob
 from server.engine_client import EngineClient
@@ -31,14 +33,20 @@ class Answer:
 
 @contextlib.asynccontextmanager
 async def serving(
-    settings: str = "", *, command: Sequence[str] = HASH_COMMAND, progress_limit: float = 60.0, load_limit: float = 60.0
+    settings: str = "",
+    *,
+    command: Sequence[str] = HASH_COMMAND,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    progress_limit: float = 60.0,
+    load_limit: float = 60.0,
 ) -> AsyncIterator[tuple[EngineClient, Supervisor]]:
     """A supervised engine that has settled; afterwards nothing is open and no process is left."""
     client = EngineClient(progress_limit=progress_limit)
-    supervisor = Supervisor(client, EngineOptions(model_dir=settings), command=command, load_limit=load_limit)
+    engine_options = EngineOptions(model_dir=settings, **options)
+    supervisor = Supervisor(client, engine_options, command=command, load_limit=load_limit)
     supervisor.start()
     try:
-        await asyncio.wait_for(client.settled(), 60)
+        await asyncio.wait_for(client.settled(), 240)  # a first start may compile kernels
         yield client, supervisor
     finally:
         pid = supervisor.pid

@@ -9,6 +9,7 @@ import signal
 import time
 
 import pytest
+import uvloop
 
 from engine.messages import EngineOptions
 from server import supervisor as supervision
@@ -64,6 +65,22 @@ async def test_twenty_kills_under_sixteen_streams_change_no_token(rng: random.Ra
         assert client.restarts == 20
         await until(lambda: client.stats.used_blocks == 0)
     assert num_fds() == fds
+
+
+def test_the_same_on_uvloop_which_the_server_runs_on(rng: random.Random) -> None:
+    async def scenario() -> None:
+        async with serving("step=0.002", progress_limit=1.5) as (client, supervisor):
+            asks = random_asks(rng, 4, 150)
+            for name in (signal.SIGKILL, signal.SIGSTOP):
+                reading = [asyncio.create_task(read(client, [one])) for one in asks]
+                await until(lambda: client.stats.steps > 30)
+                os.kill(supervisor.pid, name)
+                for task, one in zip(reading, asks, strict=True):
+                    assert (await task)[0].tokens == answer(one)
+            assert client.restarts == 2
+            await until(lambda: client.stats.used_blocks == 0)
+
+    uvloop.run(scenario())
 
 
 async def test_kills_while_restarting_cost_nothing_and_what_came_meanwhile_is_served(rng: random.Random) -> None:
