@@ -56,16 +56,22 @@ def write_byte_tokenizer(folder: Path, bos: bool = False) -> None:
         | {"normalized": False}
         for i, text in enumerate(specials)
     ]
+    bos_first = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
+    }
     spec: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-        "post_processor": None,
+        "post_processor": bos_first if bos else None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": byte_alphabet(), "merges": []},
     }
-    config = {"eos_token": "<|im_end|>", "bos_token": "<s>", "add_bos_token": bos}
+    config = {"eos_token": "<|im_end|>", "bos_token": "<s>"}
     (folder / "tokenizer.json").write_bytes(orjson.dumps(spec))
     (folder / "tokenizer_config.json").write_bytes(orjson.dumps(config))
 
