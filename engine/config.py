@@ -72,7 +72,7 @@ def look_at_machine(requested: str) -> Machine:
     kind, _, index = requested.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
         raise ConfigError(f"--device {requested} is not known; use auto, cpu, cuda or cuda:N.")
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     gpus = torch.cuda.device_count() if kind != "cpu" and torch.cuda.is_available() else 0
     if kind == "cpu" or (kind == "auto" and not gpus):
         why = "asked for" if kind == "cpu" else "torch sees no GPU"
@@ -87,6 +87,12 @@ def look_at_machine(requested: str) -> Machine:
     has_bfloat16 = torch.cuda.get_device_capability(number) >= (8, 0)
     why = "the first GPU that torch sees" if kind == "auto" else "asked for"
     return Machine(f"cuda:{number}", torch.cuda.get_device_name(number), free, cores, has_bfloat16, why)
+
+
+def usable_cores() -> int:
+    """CPUs that the system and OMP_NUM_THREADS let this process use."""
+    cores, wanted = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(wanted)) if wanted.isdecimal() and int(wanted) else cores
 
 
 def resolve(
@@ -108,7 +114,7 @@ def resolve(
         threads=min(options.threads or machine.cores, machine.cores),
         max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
-        max_context=min(model.context_length, options.max_context or model.context_length),
+        max_context=asked_context(options, model),
         num_blocks=0,
     )
     _check_memory(options, config, model, num_weights, machine)
@@ -135,6 +141,11 @@ def check_ranges(options: EngineOptions) -> None:
         value = getattr(options, name)
         if value not in known:
             raise ConfigError(f"--{name} {value} is not known; use one of {', '.join(known)}.")
+
+
+def asked_context(options: EngineOptions, model: ModelConfig) -> int:
+    """Tokens of prompt and output that option and model allow; the cache may allow fewer."""
+    return min(model.context_length, options.max_context or model.context_length)
 
 
 def block_bytes(model: ModelConfig, dtype: str) -> int:
@@ -186,7 +197,7 @@ def size_cache(
             f"--kv-cache-bytes: {size(budget)} hold no block of {BLOCK_SIZE} tokens; one takes {size(each)}.\n"
             f"Give at least --kv-cache-bytes {_blocks(min(MIN_CONTEXT, config.max_context)) * each}."
         )
-    asked = min(model.context_length, options.max_context or model.context_length)
+    asked = asked_context(options, model)
     context = min(asked, num_blocks * BLOCK_SIZE)
     if context < asked:
         reason = f"what the KV cache holds; all {asked} tokens need --kv-cache-bytes {_blocks(asked) * each}"

@@ -30,7 +30,7 @@ class Buffer(Protocol):
     host: Array
 
     def push(self, n: int) -> Tensor:
-        """The first n entries, on the device; valid until the next push of this buffer."""
+        """The first n entries, on the device; valid until the next push. `host` stays as it is until `synchronize`."""
         ...
 
 
@@ -46,6 +46,10 @@ class Device(Protocol):
         ...
 
     def download(self, tensor: Tensor) -> Download: ...
+
+    def synchronize(self) -> None:
+        """Block until all work given so far is done; then buffers may be filled anew."""
+        ...
 
     def free_bytes(self) -> int:
         """Memory that could still be allocated."""
@@ -92,6 +96,9 @@ class CpuDevice:
 
     def download(self, tensor: Tensor) -> Download:
         return CpuDownload(tensor)
+
+    def synchronize(self) -> None:
+        """Work on a CPU is done when its call returns."""
 
     def free_bytes(self) -> int:
         return available_memory()
@@ -149,17 +156,20 @@ class CudaDevice:
     def download(self, tensor: Tensor) -> Download:
         return CudaDownload(tensor, self._copies)
 
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
     def free_bytes(self) -> int:
         torch.cuda.empty_cache()
         free: int = torch.cuda.mem_get_info(self.torch_device)[0]
         return free
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
-        torch.cuda.synchronize(self.torch_device)
+        self.synchronize()
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         before = torch.cuda.memory_allocated(self.torch_device)
         work()
-        torch.cuda.synchronize(self.torch_device)
+        self.synchronize()
         return torch.cuda.max_memory_allocated(self.torch_device) - before
 
 

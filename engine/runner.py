@@ -1,4 +1,4 @@
-"""A step's plan in, drawn ids out: the flat arrays, the model, the sampler.
+"""A step's plan in, drawn ids out: the flat arrays, the model, the sampler. And how all that comes to be at start.
 
 Knows tensors, rows and blocks; knows no policy (the scheduler's), no text, no socket. A running sequence owns a
 persistent row: its block table and its params live there as array entries and are written when they change, so that a
@@ -8,7 +8,9 @@ step is array arithmetic over the rows it touches.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,16 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Batch, LayerCache
+from engine.block_pool import BlockPool
+from engine.checkpoint import Checkpoint, load_model, open_checkpoint
+from engine.config import EngineConfig, Machine, asked_context, cache_budget, look_at_machine, resolve, size_cache
+from engine.device import Device, open_device
+from engine.engine import Engine
+from engine.errors import ConfigError, EngineError
 from engine.logprobs import prompt_logprobs, token_logprobs
-from engine.messages import BLOCK_SIZE
+from engine.messages import BLOCK_SIZE, Decision, EngineOptions, Progress, Ready, SamplingParams, Submit
 from engine.sampler import Sampler, failures, ids_in_vocabulary
-from engine.scheduler import StepPlan, StepResult
+from engine.scheduler import Scheduler, StepPlan, StepResult
+from engine.sequence import Sequence
+from kernels import Kernels, choose
 
 if TYPE_CHECKING:
-    from engine.device import Device
     from engine.models.llama import LlamaForCausalLM as CausalLM
-    from engine.sequence import Sequence
-    from kernels import Kernels
 
 # T tokens in the step, S sequences in the step, L of them drawn from, B columns of the block table, V vocabulary
 
@@ -82,6 +89,7 @@ class ModelRunner:
         """Compute one step. A row that fails is in `failed`; what raises is a failure of the whole step."""
         for seq in plan.preempted:
             self.release(seq)
+        self.device.synchronize()  # the last step, which may have drawn nothing or failed, has read its buffers
         result = StepResult()
         step = self._prepare(plan, result)
         if step is None:
@@ -219,3 +227,185 @@ class ModelRunner:
             asked = asking[keep]
             entries = token_logprobs(raw[keep], ids[asked].tolist(), self.num_logprobs[rows[asked]].tolist())
             result.logprobs = {seqs[i]: entry for i, entry in zip(asked, entries, strict=True) if entry is not None}
+
+
+def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) -> tuple[Engine, Ready]:
+    """From a model folder to an engine that has generated through the whole path.
+
+    CheckpointError or ConfigError, for the user to read, if this folder or these options cannot be served here. The
+    ledger holds seconds: `open` is headers and choices, `read` is weights to their place, `warm-up` the first steps.
+    """
+    began = time.monotonic()
+    checkpoint = open_checkpoint(options.model_dir)
+    machine = look_at_machine(options.device)
+    num_weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    model_config = checkpoint.model_config
+    config, decisions = resolve(options, model_config, num_weights, checkpoint.stored_dtype, machine)
+    kernels = choose(machine.type, config.kernels)
+    form, chosen = _choose_arithmetic(checkpoint, config, kernels, machine)
+    opened = time.monotonic()
+
+    device = open_device(config.device)
+    model = load_model(
+        checkpoint,
+        device.torch_device,
+        getattr(torch, config.dtype),
+        kernels,
+        form,
+        lambda done, total: progress(Progress("read", done, total, "bytes")),
+        max_positions=asked_context(options, model_config),
+    )
+    read = time.monotonic()
+
+    progress(Progress("warm-up"))
+    if kernels.name == "triton":
+        _check_kernels(machine, device)
+    if machine.type == "cuda":
+        config, measured = _measure_cache(options, config, model, kernels, device, machine)
+        decisions = [{d.name: d for d in measured}.get(d.name, d) for d in decisions]
+    runner = ModelRunner(
+        model,
+        allocate_caches(model, config, device),
+        kernels,
+        device,
+        max_batch_tokens=config.max_batch_tokens,
+        max_sequences=config.max_sequences,
+        max_context=config.max_context,
+    )
+    warm_up(_engine(config, runner), config)
+    ledger = {"open": opened - began, "read": read - opened, "warm-up": time.monotonic() - read}
+    return _engine(config, runner), Ready(
+        vocab_size=runner.vocab_size,
+        max_context=config.max_context,
+        cache_tokens=config.num_blocks * BLOCK_SIZE,
+        max_sequences=config.max_sequences,
+        max_batch_tokens=config.max_batch_tokens,
+        decisions=[*decisions, *chosen],
+        ledger=ledger,
+    )
+
+
+def _engine(config: EngineConfig, runner: ModelRunner) -> Engine:
+    """A new engine with empty books; what a former one left in the cache's memory cannot be found."""
+    scheduler = Scheduler(
+        BlockPool(config.num_blocks),
+        max_batch_tokens=config.max_batch_tokens,
+        max_sequences=config.max_sequences,
+        max_context=config.max_context,
+        vocab_size=runner.vocab_size,
+    )
+    return Engine(scheduler, runner)
+
+
+def allocate_caches(model: CausalLM, config: EngineConfig, device: Device) -> list[LayerCache]:
+    """K and V of every layer. Not initialised: on a CPU, pages that are never used never take memory."""
+    shape = (config.num_blocks, model.config.num_kv_heads, BLOCK_SIZE, model.config.head_dim)
+    dtype = getattr(torch, config.dtype)
+
+    def empty() -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device.torch_device)
+
+    return [(empty(), empty()) for _ in range(model.config.num_layers)]
+
+
+def warm_up(engine: Engine, config: EngineConfig) -> None:
+    """Generate a few tokens as any request would. ConfigError if the model's numbers are not finite in this dtype."""
+    length = max(1, min(2 * BLOCK_SIZE + 1, config.max_context - 3))
+    params = SamplingParams(max_tokens=3, temperature=1.0, top_k=5, top_p=0.9, ignore_eos=True, logprobs=1)
+    engine.add(Submit(id=0, prompt=[i % engine.scheduler.vocab_size for i in range(length)], params=params))
+    while engine.has_work():
+        for delta in engine.step().deltas:
+            if delta.error == "model_produced_nan":
+                raise ConfigError(
+                    f"The model's logits are not finite in {config.dtype}. Try --dtype float32 (or bfloat16); if that "
+                    "changes nothing, the weights are damaged."
+                )
+            if delta.error is not None:
+                raise EngineError(f"The warm-up generation failed: {delta.error}.")
+
+
+def _choose_arithmetic(
+    checkpoint: Checkpoint, config: EngineConfig, kernels: Kernels, machine: Machine
+) -> tuple[str, list[Decision]]:
+    """The form of the linear weights, and the decisions about kernels, products and threads; sets the thread counts.
+
+    One pool does the work: torch keeps one thread where the products are not its own.
+    """
+    if kernels.name == "cpu":
+        from kernels.cpu.threads import set_threads
+
+        set_threads(config.threads)
+    torch.set_num_threads(config.threads)
+    form, why = "torch", "the plain definitions" if kernels.name == "torch" else "the device's own library"
+    if kernels.name == "cpu":
+        from kernels.linear import choose_form
+
+        m = checkpoint.model_config
+        heads, kv_heads = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+        shapes = [
+            (heads + 2 * kv_heads, m.hidden_size),
+            (m.hidden_size, heads),
+            (2 * m.intermediate_size, m.hidden_size),
+            (m.hidden_size, m.intermediate_size),
+        ]
+        form, why = choose_form(getattr(torch, config.dtype), machine.type, shapes, config.threads)
+        torch.set_num_threads(config.threads if form == "torch" else 1)
+    origin = "asked for" if config.kernels != "auto" else f"made for {machine.type}"
+    return form, [
+        Decision("kernels", kernels.name, origin),
+        Decision("matrix products", form, why),
+        Decision("threads", str(config.threads), f"of {machine.cores} that this process may use"),
+    ]
+
+
+def _check_kernels(machine: Machine, device: Device) -> None:
+    """Every kernel against its definition on this very GPU, if that was not done before. ConfigError names the wrong."""
+    from kernels.selfcheck import selfcheck
+
+    failed = selfcheck(device.torch_device)
+    if failed:
+        raise ConfigError(
+            f"On {machine.name} these kernels do not give what their definitions give: {', '.join(failed)}.\n"
+            "Nothing is served with them. --kernels torch serves by the definitions: slower, and right."
+        )
+
+
+def _measure_cache(
+    options: EngineOptions, config: EngineConfig, model: CausalLM, kernels: Kernels, device: Device, machine: Machine
+) -> tuple[EngineConfig, list[Decision]]:
+    """Size the KV cache from what is free after the weights are in place and beside the heaviest step."""
+    peak = device.peak_bytes(lambda: heaviest_step(model, kernels, device, config))
+    wanted = replace(config, max_context=asked_context(options, model.config))
+    budget, why = cache_budget(options, wanted, model.config, device.free_bytes() - peak, machine)
+    return size_cache(options, wanted, model.config, budget, why)
+
+
+def heaviest_step(model: CausalLM, kernels: Kernels, device: Device, config: EngineConfig) -> None:
+    """The largest allowed step, drawn from in every row with logprobs: what a step can allocate, this allocates.
+
+    It runs in a cache of one block, to which all block tables point and nothing is written.
+    """
+    num_seqs = config.max_sequences
+    num_tokens = min(config.max_batch_tokens, num_seqs * config.max_context)
+    query_start = np.linspace(0, num_tokens, num_seqs + 1).astype(np.int32)
+    lengths = np.diff(query_start)
+    longest = int(lengths.max())
+    batch = Batch(
+        token_ids=device.upload(np.zeros(num_tokens, np.int64)),
+        positions=device.upload(np.arange(num_tokens) - np.repeat(query_start[:-1].astype(np.int64), lengths)),
+        slot_mapping=device.upload(np.full(num_tokens, -1, np.int64)),
+        query_start=device.upload(query_start),
+        seq_lens=device.upload(lengths),
+        block_tables=device.upload(np.zeros((num_seqs, math.ceil(longest / BLOCK_SIZE)), np.int32)),
+        logits_rows=device.upload(query_start[1:].astype(np.int64) - 1),
+        max_query_len=longest,
+        max_seq_len=longest,
+    )
+    sampler = Sampler(kernels, device, num_seqs, model.config.vocab_size)
+    seqs = [Sequence(Submit(id=i, prompt=[0], params=SamplingParams(max_tokens=1))) for i in range(num_seqs)]
+    with torch.inference_mode():
+        hidden = model.forward(batch, allocate_caches(model, replace(config, num_blocks=1), device))
+        logits = model.logits(hidden.index_select(0, batch.logits_rows))
+        raw = logits.clone()
+        sampler.sample(logits, np.arange(num_seqs), seqs)
+        token_logprobs(raw, [0] * num_seqs, [20] * num_seqs)
