@@ -126,7 +126,7 @@ class Tokenizer:
         vocabulary = self._ordinary.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # every id that text can become is below
         self.bos_id, self.eos_id = (self._named_id(name) for name in ("bos_token", "eos_token"))
-        self._before, self._after = self._wrapping(files.config)
+        self._before, self._after = self._wrapping()
         self.pieces = _pieces(vocabulary, self.vocab_size, spec.get("decoder"))
 
     def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True) -> list[int]:
@@ -165,12 +165,8 @@ class Tokenizer:
     def _named_id(self, name: str) -> int | None:
         return self._ordinary.token_to_id(self.named[name]) if name in self.named else None
 
-    def _wrapping(self, config: Json) -> tuple[list[int], list[int]]:
-        """Ids before and after a text: tokenizer_config.json decides where it speaks, else tokenizer.json."""
-        if "add_bos_token" in config or "add_eos_token" in config:
-            before = [self.bos_id] if config.get("add_bos_token") and self.bos_id is not None else []
-            after = [self.eos_id] if config.get("add_eos_token") and self.eos_id is not None else []
-            return before, after
+    def _wrapping(self) -> tuple[list[int], list[int]]:
+        """Ids before and after a text. As in transformers 5, tokenizer.json decides, not add_bos_token beside it."""
         plain = self._ordinary.encode("a", add_special_tokens=False).ids
         wrapped = self._ordinary.encode("a", add_special_tokens=True).ids
         for start in range(len(wrapped) - len(plain) + 1):
