@@ -65,7 +65,9 @@ async def test_no_host_header_opens_a_guarded_route_without_a_key(method, path):
     async with running(create_app(state), state.settings) as port:
         for host in BAD_HOSTS:
             body = b"{}" if method == "POST" else b""
-            head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = (
+                f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
             answer = await exchange(port, head.encode() + body)
             assert status(answer) in (400, 401), host  # 400: h11 refuses the header itself
             error_of(answer)
@@ -126,7 +128,9 @@ async def test_on_loopback_the_known_host_names_are_served(engine, host):
         assert (await http.get("/v1/models", headers={"Host": host})).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io", ""]
+)
 async def test_on_loopback_a_rebound_name_is_refused_on_every_guarded_route(engine, host):
     async with in_process(create_app(make_state(engine))) as http:
         for method, path, guarded in ROUTES:

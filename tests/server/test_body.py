@@ -126,7 +126,8 @@ async def test_a_null_is_as_good_as_an_absent_field(http):
 
 
 @pytest.mark.parametrize(
-    ("name", "close"), [("temprature", "temperature"), ("max_token", "max_tokens"), ("stop_ids", None), ("mm_hashes", None)]
+    ("name", "close"),
+    [("temprature", "temperature"), ("max_token", "max_tokens"), ("stop_ids", None), ("mm_hashes", None)],
 )
 async def test_an_unknown_field_is_named_with_the_closest_known_one(http, name, close):
     error = (await http.post("/v1/chat/completions", json=chat(**{name: 1}))).json()["error"]
@@ -204,8 +205,20 @@ async def test_completions_refuses_the_same_fields(http, name):
     [
         {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "safety_identifier": "s"},
         {"prompt_cache_key": "k", "prompt_cache_retention": "24h", "parallel_tool_calls": True, "request_id": "r"},
-        {"tools": [], "tool_choice": "none", "functions": [], "function_call": "none", "response_format": {"type": "text"}},
-        {"tools": [{"type": "function"}], "tool_choice": "none", "modalities": ["text"], "best_of": 1, "verbosity": "medium"},
+        {
+            "tools": [],
+            "tool_choice": "none",
+            "functions": [],
+            "function_call": "none",
+            "response_format": {"type": "text"},
+        },
+        {
+            "tools": [{"type": "function"}],
+            "tool_choice": "none",
+            "modalities": ["text"],
+            "best_of": 1,
+            "verbosity": "medium",
+        },
         {"stream_interval": 4, "session_id": "s", "prompt_cache_options": {"mode": "implicit"}, "length_penalty": 1.0},
     ],
 )
@@ -222,7 +235,9 @@ async def test_parts_that_are_not_text_are_refused_by_place(http, kind):
     assert "text" in error["message"]
 
 
-@pytest.mark.parametrize("message", [{"role": "tool", "content": "a", "tool_call_id": "1"}, {"role": "function", "content": ""}])
+@pytest.mark.parametrize(
+    "message", [{"role": "tool", "content": "a", "tool_call_id": "1"}, {"role": "function", "content": ""}]
+)
 async def test_tool_messages_are_refused_by_place(http, message):
     error = (await http.post("/v1/chat/completions", json={"messages": [message]})).json()["error"]
     assert (error["code"], error["param"]) == ("unsupported_parameter", "messages[0]")

@@ -80,7 +80,9 @@ async def test_usage_is_not_streamed_unless_asked_for(http):
 )
 async def test_any_text_survives_both_ways(http, engine, text):
     engine.script = reply(text)
-    assert (await whole(http, max_tokens=2000 if len(text) > 2000 else None))["choices"][0]["message"]["content"] == text[:2000]
+    assert (await whole(http, max_tokens=2000 if len(text) > 2000 else None))["choices"][0]["message"][
+        "content"
+    ] == text[:2000]
     chunks = await stream(http, max_tokens=2000 if len(text) > 2000 else None)
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == text[:2000]
 
@@ -106,7 +108,9 @@ async def test_any_text_survives_both_ways(http, engine, text):
         ({"skip_special_tokens": False}, "Hello, world", "stop", None, 13),
     ],
 )
-async def test_finish_reason_text_and_usage_in_every_way_to_end(http, engine, fields, content, finish, stop_reason, tokens):
+async def test_finish_reason_text_and_usage_in_every_way_to_end(
+    http, engine, fields, content, finish, stop_reason, tokens
+):
     answer = await whole(http, **fields)
     choice = answer["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == (content, finish)

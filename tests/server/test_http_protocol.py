@@ -71,7 +71,7 @@ async def test_malformed_or_ambiguous_requests_get_400_and_a_closed_connection(l
 
 async def test_a_broken_chunk_in_the_middle_of_a_body_closes_without_a_5xx(listen, engine):
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
-    data = head.encode() + b"Content-Type: application/json\r\n\r\n5\r\n{\"mes\r\nnonsense\r\n\r\n"
+    data = head.encode() + b'Content-Type: application/json\r\n\r\n5\r\n{"mes\r\nnonsense\r\n\r\n'
     async with listen() as port:
         answer = await exchange(port, data)
     assert status(answer) == 400

@@ -68,7 +68,9 @@ IDS = [f"{field}-{i}" for i, (field, _, _) in enumerate(TOO_MUCH)]
 
 @pytest.mark.parametrize(("field", "value", "named"), TOO_MUCH, ids=IDS)
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_a_value_beyond_its_limit_gets_400_that_names_the_limit_on_both_routes(http, engine, path, field, value, named):
+async def test_a_value_beyond_its_limit_gets_400_that_names_the_limit_on_both_routes(
+    http, engine, path, field, value, named
+):
     body = chat() if path == CHAT else {"prompt": "Hi"}
     answer = await http.post(path, json=body | {field: value})
     error = answer.json()["error"]
