@@ -105,7 +105,6 @@ class ModelRunner:
         """Its row may go to another sequence; every entry is written anew when it does."""
         row = self.rows.pop(seq, None)
         if row is not None:
-            self.num_blocks[row] = 0
             self.free_rows.append(row)
 
     def _take_row(self, seq: Sequence) -> int | None:
@@ -359,7 +358,7 @@ def _choose_arithmetic(
 
 
 def _check_kernels(machine: Machine, device: Device) -> None:
-    """Every kernel against its definition on this very GPU, if that was not done before. ConfigError names the wrong."""
+    """Every kernel against its definition on this GPU, if that was not done before. ConfigError names the wrong."""
     from kernels.selfcheck import selfcheck
 
     failed = selfcheck(device.torch_device)

@@ -226,6 +226,14 @@ def test_prompt_logprobs_come_for_exactly_the_rows_that_a_step_fed(chunks: list[
     assert advance(runner, {seq: 1}).prompt_logprobs == {}
 
 
+def test_prompt_logprobs_end_with_the_prompt_where_output_is_known_already() -> None:
+    runner, _ = make()
+    seq = sequence(0, [3, 1, 4], [0], prompt_logprobs=0)
+    seq.tokens += [1, 5]
+    found = advance(runner, {seq: 5}).prompt_logprobs[seq]
+    assert [entry.token for entry in found] == [1, 4]
+
+
 def test_logprobs_are_the_models_own_whatever_the_sampling_params() -> None:
     runner, _ = make()
     twisted = sequence(
@@ -238,7 +246,7 @@ def test_logprobs_are_the_models_own_whatever_the_sampling_params() -> None:
         repetition_penalty=1.9,
         temperature=0.1,
     )
-    plain = sequence(1, [1, 2], [1])
+    plain = sequence(1, [4, 2], [1])
     result = advance(runner, {plain: 2, twisted: 2})
     expected = plain_logits([1, 2]).double().log_softmax(-1)
     entry = result.logprobs[twisted]
