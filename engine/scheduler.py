@@ -169,6 +169,7 @@ class Scheduler:
         """Hand out the step's token budget: running sequences first, then waiting ones in order."""
         plan = StepPlan()
         budget = self.max_batch_tokens
+        self.step_tokens = 0
         block_size = self.pool.block_size
         self.headroom = min(max(1.0, self.headroom * HEADROOM_DECAY), self.max_headroom)
         for seq in list(self.running):
@@ -269,7 +270,7 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult) -> None:
         """Advance what was computed, append what was drawn, finish what has ended."""
-        self.steps += 1
+        self.steps += bool(plan.num_tokens)
         self.step_tokens = sum(plan.num_tokens.values())
         self.computed_tokens += self.step_tokens
         for seq, code in result.failed.items():
@@ -299,7 +300,6 @@ class Scheduler:
             seq.tokens.append(token)
             delta = Delta(seq.id, [token])
             if token in seq.stop_ids and known >= seq.min_len:
-                delta.stop_token = token
                 self._send(seq, delta, result, "stop")
             elif known + 1 >= seq.max_len:
                 self._send(seq, delta, result, "length")
@@ -319,6 +319,8 @@ class Scheduler:
             seq.fresh, seq.prompt_logprobs = False, None
         if delta.tokens and seq in result.logprobs:
             delta.logprobs = [result.logprobs[seq]]
+        if finish == "stop":
+            delta.stop_token = seq.tokens[-1]
         delta.finish = finish
         self.deltas.append(delta)
         if finish is not None:
@@ -363,6 +365,9 @@ class Scheduler:
             self.left.append(seq)
             self._unblock_followers(seq)
         live = list(self.sequences.values())
+        for seq in live:  # a preemption that broke off
+            if seq.status is Status.RUNNING and seq.num_computed > len(seq.blocks) * self.pool.block_size:
+                seq.status = Status.WAITING
         self.running = {seq: None for seq in [*self.running, *live] if seq.status is Status.RUNNING}
         self.waiting = sorted((seq for seq in live if seq.status is Status.WAITING), key=by_order)
         for seq in live:

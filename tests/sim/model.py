@@ -28,7 +28,7 @@ def mix(state: int, value: int) -> int:
 
 
 def root(salt: str) -> int:
-    return mix(zlib.crc32(salt.encode()), 7)
+    return mix(zlib.crc32(salt.encode("utf-8", "surrogatepass")), 7)
 
 
 def draw(state: int, seed: int, position: int, vocab_size: int) -> int:

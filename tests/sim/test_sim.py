@@ -31,7 +31,7 @@ def test_every_sequence_gets_its_solo_answer_and_nothing_is_left_behind(chunk: i
         except Violation as violation:
             pytest.fail(f"{violation}\nreplay: python -m tests.sim --seed {seed}")
         preemptions, hits, kills = preemptions + world.preemptions, hits + world.hits, kills + world.kills
-    assert SEEDS < 100 or min(preemptions, hits, kills) > 10, "the worlds have become too quiet to prove anything"
+    assert SEEDS < 100 or min(preemptions, hits, kills) > 4, "the worlds have become too quiet to prove anything"
 
 
 def test_a_seed_decides_everything() -> None:

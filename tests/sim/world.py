@@ -168,7 +168,7 @@ class World:
         scheduler = self.engine.scheduler
         assert not scheduler.sequences, "sequences of nobody"
         assert scheduler.running == {}
-        assert scheduler.waiting == scheduler.deltas == scheduler.left == []
+        assert [*scheduler.waiting, *scheduler.deltas, *scheduler.left] == []
         assert not self.runner.rows, f"rows of {list(self.runner.rows)}"
         assert self.pool.num_free == self.num_blocks, "blocks leaked"
         stats = self.engine.stats()
@@ -341,8 +341,9 @@ class World:
 
     def _check_errors(self, output: StepOutput) -> None:
         failed = {delta.id for delta in output.deltas if delta.finish == "error"}
-        if self.pool.struck:  # any of the step may have been hit
-            self.runner.victims.update(dict.fromkeys(failed - self.runner.victims.keys(), "internal_error"))
+        if self.pool.struck:  # any of the step may have been hit, and whatever else was to happen to it did not
+            internal = {delta.id for delta in output.deltas if delta.error == "internal_error"}
+            self.runner.victims.update(dict.fromkeys(internal, "internal_error"))
         due = {id for id in self.runner.victims if id in self.engine.scheduler.sequences}
         assert not due or self.pool.struck, f"sequences {due} should have failed"
         if self.runner.fault == "oom" and not self.pool.struck:
