@@ -89,8 +89,7 @@ async def running(app: FastAPI, settings: Settings) -> AsyncIterator[int]:
         )
         server = QuietServer(config)
         task = asyncio.create_task(server.serve(sockets=[sock]))
-        while not server.started:
-            await asyncio.sleep(0.005)
+        await until(lambda: server.started)
         try:
             yield sock.getsockname()[1]
         finally:
@@ -102,6 +101,13 @@ async def running(app: FastAPI, settings: Settings) -> AsyncIterator[int]:
 def listen(app: FastAPI, state: ServerState) -> Callable[[], AbstractAsyncContextManager[int]]:
     """`async with listen() as port`."""
     return lambda: running(app, state.settings)
+
+
+async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    """Wait for a condition; fails after `seconds`."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
 
 
 def chat(content: str = "Hi", **fields: Any) -> dict[str, Any]:

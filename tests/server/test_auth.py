@@ -31,10 +31,10 @@ ROUTES = {
 }
 
 BAD_HOSTS = [
-    "localhost", "a/?x=", "a/health", "a/health?x=", "localhost/health#", "a/ready?", "health", "/health", "?", "#", "a@b",
-    "a:b@c", "localhost:99999", "[::1", "[::1]/health?", "127.0.0.1/health?", "evil.example", "evil.example/health?x=",
-    "a\\health", "a%2fhealth", "..", "../health", "a/../health", "//", "a//health?", "localhost:80/health?", "*", "a;b",
-    "a b", "xn--a/health?",
+    "localhost", "a/?x=", "a/health", "a/health?x=", "localhost/health#", "a/ready?", "health", "/health", "?", "#",
+    "a@b", "a:b@c", "localhost:99999", "[::1", "[::1]/health?", "127.0.0.1/health?", "evil.example",
+    "evil.example/health?x=", "a\\health", "a%2fhealth", "..", "../health", "a/../health", "//", "a//health?",
+    "localhost:80/health?", "*", "a;b", "a b", "xn--a/health?",
 ]  # fmt: skip
 
 
@@ -85,8 +85,8 @@ async def test_other_spellings_of_a_path_do_not_open_it(engine, path):
 @pytest.mark.parametrize(
     "header",
     [
-        None, "", "Bearer", "Bearer ", "Bearer wrong", "Bearer secre", "Bearer secret2", "bearer", "Basic secret", "secret",
-        "Bearer Bearer secret", "Bearer secret,", "Bearer " + "x" * 10_000, "Bearer \xff\xfe", "Bearersecret",
+        None, "", "Bearer", "Bearer ", "Bearer wrong", "Bearer secre", "Bearer secret2", "bearer", "Basic secret",
+        "secret", "Bearer Bearer secret", "Bearer secret,", "Bearer " + "x" * 10_000, "Bearer \xff\xfe", "Bearersecret",
     ],
 )  # fmt: skip
 async def test_every_wrong_key_gets_the_same_401(engine, header):

@@ -1,4 +1,4 @@
-"""Bodies: what JSON and HTTP allow and we do not. With test_http_protocol the twelve rows of reliability.md, section E."""
+"""Bodies: what JSON and HTTP allow and we do not. With test_http_protocol, reliability.md's section E."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ async def test_what_is_not_a_json_object_in_utf_8_gets_400(http, engine, path, b
 @pytest.mark.parametrize("path", POST_ROUTES)
 @pytest.mark.parametrize(
     "kind",
-    [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "application/json5",
-     "application/json; charset=utf-16", "application/json; charset=latin-1"],
+    [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a",
+     "application/json5", "application/json; charset=utf-16", "application/json; charset=latin-1"],
 )  # fmt: skip
 async def test_other_content_types_get_415(http, path, kind):
     answer = await post(http, b"{}", path, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from engine.messages import Delta, TokenLogprob
 from server.sampling import choice_seed
-from tests.server.conftest import chat, events
+from tests.server.conftest import chat, events, until
 from tests.server.fake_engine import IM_END, drawn, reply
 
 PATH = "/v1/chat/completions"
@@ -342,8 +343,6 @@ async def test_an_alias_or_no_model_is_served(http, model):
 
 
 async def test_a_crash_in_the_middle_is_a_pause_and_the_same_continuation(http, engine):
-    import asyncio
-
     engine.script = drawn
     undisturbed = await whole(http, seed=11, max_tokens=60)
     held = asyncio.Event()
@@ -356,8 +355,7 @@ async def test_a_crash_in_the_middle_is_a_pause_and_the_same_continuation(http, 
 
     engine.script = slow
     asked = asyncio.create_task(whole(http, seed=11, max_tokens=60))
-    while not (engine.asked[1:] and engine.client._open and next(iter(engine.client._open.values())).output[19:]):
-        await asyncio.sleep(0.005)
+    await until(lambda: any(len(sequence.output) == 20 for sequence in engine.client._open.values()))
     engine.crash()
     engine.script = drawn
     engine.connect()

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from server.app import create_app
-from tests.server.conftest import chat, in_process, make_state
+from tests.server.conftest import chat, in_process, make_state, until
 from tests.server.fake_engine import VOCAB, FakeEngine, reply
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -235,8 +235,7 @@ async def test_the_queue_limit_turns_away_exactly_the_surplus_with_retry_after()
     state = make_state(engine, max_queue=10)
     async with in_process(create_app(state)) as http:
         asked = [asyncio.create_task(http.post(CHAT, json=chat(str(i)))) for i in range(200)]
-        while sum(task.done() for task in asked) < 190:
-            await asyncio.sleep(0.01)
+        await until(lambda: sum(task.done() for task in asked) >= 190, 20)
         assert (await http.get("/health")).status_code == 200
         assert engine.client.num_open() == 10
         release.set()
@@ -253,8 +252,7 @@ async def test_a_request_counts_as_many_as_it_has_sequences(engine):
     engine.script = lambda ask: iter([asyncio.Event(), 65])
     async with in_process(create_app(make_state(engine, max_queue=10))) as http:
         waiting = asyncio.create_task(http.post(COMPLETIONS, json={"prompt": ["a", "b"], "n": 4}))
-        while engine.client.num_open() < 8:
-            await asyncio.sleep(0.005)
+        await until(lambda: engine.client.num_open() == 8)
         assert (await http.post(COMPLETIONS, json={"prompt": "a", "n": 3})).status_code == 429
         answer = await http.post(COMPLETIONS, json={"prompt": "a", "n": 11})
         assert answer.json()["error"]["code"] == "too_many_sequences"  # waiting would not help
@@ -286,8 +284,7 @@ async def test_while_draining_running_streams_finish_and_new_work_is_turned_away
     state = make_state(engine)
     async with in_process(create_app(state)) as http:
         running = asyncio.create_task(http.post(CHAT, json=chat()))
-        while not engine.tasks:
-            await asyncio.sleep(0.005)
+        await until(lambda: engine.tasks)
         state.draining = True
         answer = await http.post(CHAT, json=chat())
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")

@@ -12,10 +12,10 @@ import pytest
 
 from server.app import create_app
 from server.logs import JsonFormatter, TextFormatter, Trace, configure
-from tests.server.conftest import chat, in_process, make_state, running
+from tests.server.conftest import chat, in_process, make_state, running, until
 from tests.server.fake_engine import drawn, reply
 from tests.server.raw import post
-from tests.server.test_sse import endless, until
+from tests.server.test_sse import endless
 
 CHAT = "/v1/chat/completions"
 
@@ -33,7 +33,8 @@ async def test_one_line_per_request_with_tokens_finish_and_spans_that_sum_to_the
     (line,) = lines()
     assert answer.headers["x-request-id"] == line["id"] == "abc"
     assert {name: line[name] for name in ("method", "route", "status", "output", "finish", "cached", "stream")} == {
-        "method": "POST", "route": CHAT, "status": 200, "output": 10, "finish": "length,length", "cached": 0, "stream": False,
+        "method": "POST", "route": CHAT, "status": 200, "output": 10, "finish": "length,length", "cached": 0,
+        "stream": False,
     }  # fmt: skip
     assert line["prompt"] == len(engine.asked[0].prompt)
     spans = [line[name] for name in ("prepare", "queue", "prefill", "decode", "send")]

@@ -14,10 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.messages import Delta, Stats
 from server.app import create_app
 from server.metrics import COUNTERS, GAUGES, HISTOGRAMS, Histogram, Metrics
-from tests.server.conftest import chat, events, in_process, make_state, running
+from tests.server.conftest import chat, events, in_process, make_state, running, until
 from tests.server.fake_engine import FakeEngine
 from tests.server.raw import post
-from tests.server.test_sse import until
 
 CHAT = "/v1/chat/completions"
 
@@ -78,7 +77,7 @@ async def test_a_clients_ledger_equals_the_counters_exactly_after_a_run_with_err
             finishes = [choice["finish_reason"] for choice in answer["choices"]]
         else:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-            *chunks, _ = map(json.loads, events((await http.post(CHAT, json=body)).text)[:-1] + ["0"])
+            chunks = [json.loads(data) for data in events((await http.post(CHAT, json=body)).text)[:-1]]
             ledger.usage(chunks[-1]["usage"])
             finishes = [c["finish_reason"] for chunk in chunks for c in chunk["choices"] if c["finish_reason"]]
         ledger.http(200)

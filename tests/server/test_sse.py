@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import json
 import socket
-from collections.abc import Callable
 
 import orjson
 import pytest
@@ -15,18 +14,11 @@ from engine.messages import Delta
 from server.app import create_app
 from server.logs import Trace
 from server.sse import EventResponse, event, unless_gone
-from tests.server.conftest import chat, events, make_state, running
+from tests.server.conftest import chat, events, make_state, running, until
 from tests.server.fake_engine import FakeEngine
 from tests.server.raw import post
 
 CHAT = "/v1/chat/completions"
-
-
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Wait for a condition; fails after `seconds`."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def endless(ask):
