@@ -113,7 +113,9 @@ class Delta(Struct, array_like=True, omit_defaults=True):
     scheduled: float | None = None  # when it first ran; with the first delta
     logprobs: list[TokenLogprob] | None = None  # one per token of `tokens`
     prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first delta; None for the first token
-    error: str | None = None  # code, when finish is "error": model_produced_nan | internal_error | out_of_memory
+    # Code, when finish is "error": model_produced_nan | internal_error | out_of_memory; and what admission should have
+    # refused: context_length_exceeded | invalid_request.
+    error: str | None = None
 
 
 class Stats(Struct, array_like=True, frozen=True):

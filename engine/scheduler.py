@@ -224,7 +224,7 @@ class Scheduler:
 
     def _place(self, seq: Sequence) -> bool:
         """Give a waiting sequence blocks for all it knows: cached ones by reference, the rest from the free list."""
-        if not self._fits(seq):  # by the last look; a new one could only be dearer until something is freed
+        if not self._fits(seq):  # by the last look, which is trusted until so many blocks are free: a look is not cheap
             return False
         shared = self._cached_blocks(seq)
         seq.need = self.pool.cost(shared, len(seq.tokens))
