@@ -71,15 +71,17 @@ class EventResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write until the body ends or the client goes; either way `close` is called."""
+        # What lies between us and the server looks at the start of a response only; a stream's writes go past it.
+        direct = scope.get("state", {}).get("send", send)
         try:
-            await unless_gone(receive, self._run(send))
+            await unless_gone(receive, self._run(send, direct))
         except ClientDisconnect:
             self._trace.outcome = "slow_reader" if SLOW_READER in scope else "disconnect"
         finally:
             self._close()  # the body's own `finally` does not run if the client went before its first step
 
-    async def _run(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+    async def _run(self, begin: Send, send: Send) -> None:
+        await begin({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         keeper = asyncio.ensure_future(self._keep_alive(send))
         try:
             async with aclosing(self._body) as body:

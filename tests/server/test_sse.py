@@ -6,11 +6,12 @@ import asyncio
 import itertools
 import json
 import socket
+import sys
 
 import orjson
 import pytest
 
-from engine.messages import Delta
+from engine.messages import Delta, Stats, StepOutput
 from server.app import create_app
 from server.logs import Trace
 from server.sse import EventResponse, event, unless_gone
@@ -163,6 +164,38 @@ async def test_whatever_came_together_goes_out_in_one_write_and_no_document_is_b
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
     assert idle(engine)
+
+
+async def test_a_streamed_token_costs_a_bounded_number_of_python_calls(engine):
+    """From the engine's message to the ASGI send, 16 streams with one token each a step: a count, so free of noise."""
+    state = make_state(engine)
+    sent, steps, calls = [], 40, 0
+    engine.script = lambda ask: iter([asyncio.Event()])  # the test itself plays the engine
+
+    async def send(message):
+        sent.append(message)
+
+    def count(frame, kind, argument):
+        nonlocal calls
+        calls += kind == "call"
+
+    app = create_app(state)
+    streams = [asyncio.create_task(asgi(app, orjson.dumps(chat(stream=True)), send)) for _ in range(16)]
+    await until(lambda: len(engine.asked) == 16)
+    for step in range(steps + 1):
+        deltas = [Delta(ask.id, [97 + step % 26]) for ask in engine.asked]
+        if step == 1:  # the first tokens bring roles and once-only accounts
+            before = len(sent)
+            sys.setprofile(count)  # undone below; nothing in between raises
+        engine.client.receive(StepOutput(deltas, Stats(steps=step + 1)))
+        for _ in range(3):
+            await asyncio.sleep(0)
+    sys.setprofile(None)
+    assert len(sent) - before == 16 * steps
+    assert calls / (16 * steps) < 50
+    for stream in streams:
+        stream.cancel()
+    await asyncio.gather(*streams, return_exceptions=True)
 
 
 async def asgi(app, body: bytes, send) -> None:
