@@ -92,10 +92,9 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty(t, n)
-    scratch = torch.empty(cpu.scratch_floats(t, k))
     cpu.linear(
         DTYPES[packed.dtype], x.data_ptr(), 4 * x.stride(0), packed.data.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), t, n, k, scratch.data_ptr(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), t, n, k,
     )  # fmt: skip
     return y
 

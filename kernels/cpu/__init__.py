@@ -27,3 +27,12 @@ def _cache_folder() -> str:
 
 
 numba.config.CACHE_DIR = _cache_folder()
+
+from kernels.cpu.attention import paged_attention  # noqa: E402  (after the cache folder is set)
+from kernels.cpu.rms_norm import add_rms_norm, rms_norm  # noqa: E402
+from kernels.cpu.rope_kv import rope_kv  # noqa: E402
+from kernels.cpu.sample import sample  # noqa: E402
+from kernels.cpu.silu_mul import silu_mul  # noqa: E402
+from kernels.cpu.threads import set_threads  # noqa: E402
+
+__all__ = ["add_rms_norm", "paged_attention", "rms_norm", "rope_kv", "sample", "set_threads", "silu_mul"]

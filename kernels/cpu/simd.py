@@ -193,6 +193,14 @@ put_i64 = op2(types.void, types.int64, types.int64, _store_word(I64))
 put_f64 = op2(types.void, types.int64, types.float64, _store_word(ir.DoubleType()))
 
 
+def _store_i32(builder: Builder, address: Any, value: Any) -> Any:
+    builder.store(builder.trunc(value, I32), pointer(builder, address, I32), align=4)
+    return NOTHING
+
+
+put_i32 = op2(types.void, types.int64, types.int64, _store_i32)
+
+
 def _copy(bits: Any, align: int) -> Emit:
     def emit(builder: Builder, to: Any, source: Any) -> Any:
         value = builder.load(pointer(builder, source, bits), align=align)
@@ -244,8 +252,18 @@ def _emit_fold(combine: Emit) -> Emit:
     return emit
 
 
+first = op1(types.float32, vec, lambda b, x: b.extract_element(x, ir.Constant(I32, 0)))
 total = op1(types.float32, vec, _emit_fold(lambda b, x, y: b.fadd(x, y)))
 largest = op1(types.float32, vec, _emit_fold(_select_compare(">")))
+
+
+def _emit_total_f64(builder: Builder, value: Any) -> Any:
+    """The sum of the lanes in float64, always in the same order."""
+    wide = builder.fpext(value, ir.VectorType(ir.DoubleType(), WIDTH))
+    return _emit_fold(lambda b, x, y: b.fadd(x, y))(builder, wide)
+
+
+total_f64 = op1(types.float64, vec, _emit_total_f64)
 
 
 def _emit_exp(builder: Builder, x: Any) -> Any:
@@ -284,6 +302,41 @@ def _emit_keep(builder: Builder, value: Any, low: Any, high: Any) -> Any:
     return builder.select(inside, value, constant(float("-inf")))
 
 
+def _emit_transpose(builder: Builder, kind: Any, source: Any, step: Any, to: Any) -> None:
+    """8 x 8: three rounds in which register i trades halves, quarters, eighths with register i + 4, 2, 1."""
+    rows = [emit_load(builder, kind, builder.add(source, builder.mul(step, ir.Constant(I64, i))), 8) for i in range(8)]
+    for distance in (4, 2, 1):
+        swapped = list(rows)
+        for i in range(8):
+            if i & distance:
+                continue
+            low = [lane if not lane & distance else lane - distance + 8 for lane in range(8)]
+            high = [lane + distance if not lane & distance else lane + 8 for lane in range(8)]
+            for target, order in ((i, low), (i + distance, high)):
+                picked = ir.Constant(ir.VectorType(I32, 8), [ir.Constant(I32, lane) for lane in order])
+                swapped[target] = builder.shuffle_vector(rows[i], rows[i + distance], picked)
+        rows = swapped
+    for i, row in enumerate(rows):
+        emit_store(builder, types.float32, builder.add(to, ir.Constant(I64, 4 * WIDTH * i)), row, 8)
+
+
+@intrinsic
+def transpose(typing: Any, kind: Any, source: Any, step: Any, to: Any) -> Any:
+    """Writes 8 rows of 8 stored elements, `step` bytes apart, as 8 columns of float32 panel rows of WIDTH."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _emit_transpose(builder, kind, *args[1:])
+        return NOTHING
+
+    return types.void(kind, types.int64, types.int64, types.int64), generate
+
+
+def _emit_keep_from(builder: Builder, value: Any, least: Any) -> Any:
+    above = builder.fcmp_ordered(">=", value, emit_broadcast(builder, least))
+    return builder.select(above, value, constant(float("-inf")))
+
+
+keep_from = op2(vec, vec, types.float32, _emit_keep_from)  # lanes no less than a number, -inf in the others
 keep = op3(vec, vec, types.int64, types.int64, _emit_keep)
 
 

@@ -1,4 +1,6 @@
-"""One small pool of threads for compiled kernels: run `function(arguments, index, thread)` for every index.
+"""How compiled kernels are called: one small pool of threads runs `task(call, index, thread)` for every index.
+
+`call` is the address of the call's description: int64 words that `describe` writes and `word` reads.
 
 Numba's own pools cost 64 us (workqueue) or spin without bound (OpenMP: 4 us, but ten milliseconds beside a busy
 process). This one costs about 1 us, its threads look for work for at most SPIN rounds after a call and then sleep,
@@ -7,18 +9,20 @@ them itself if nobody comes. Knows no operation. Linux and macOS (pthreads).
 
 One 64-bit word, the ticket, holds the call's number (upper half) and the next index (lower half). A thread claims an
 index by compare-and-swap on the whole word, so a late one cannot take an index of a call that is over, and what it
-read of that call's description beforehand is right exactly if the swap succeeds.
+read of that call beforehand is right exactly if the swap succeeds.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -27,7 +31,7 @@ from kernels.cpu.simd import I32, I64, NOTHING, get_i64, op1, op2, op3, pointer,
 SPIN = 4000  # rounds of about 10 ns: 40 us, the time Python takes from one operation of a layer to the next
 # Byte offsets in the shared state; what different threads write is on different cache lines.
 TICKET, DONE, SLEEPING, BUSY = 0, 128, 256, 384
-FUNCTION, ARGUMENTS, COUNT, THREADS, STOP = 512, 520, 528, 536, 544
+TASK, CALL, COUNT, THREADS, STOP = 512, 520, 528, 536, 544
 MUTEX, CONDITION, STATE_BYTES = 640, 768, 1024
 LOW = 0xFFFFFFFF
 
@@ -91,8 +95,8 @@ give_way = op1(types.int32, types.int64, _libc("sched_yield"))  # ignores its ar
 
 
 @intrinsic
-def invoke(typing: Any, function: Any, arguments: Any, index: Any, thread: Any) -> Any:
-    """Calls the address of a C function (arguments, index, thread)."""
+def _invoke(typing: Any, task: Any, call: Any, index: Any, thread: Any) -> Any:
+    """Calls the address of a task."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [I64] * 3)
@@ -103,40 +107,40 @@ def invoke(typing: Any, function: Any, arguments: Any, index: Any, thread: Any) 
 
 
 @njit
-def _claim(state: int, call: int, thread: int) -> None:
+def _claim(state: int, number: int, thread: int) -> None:
     """Does indices of one call until none is left or another call has begun."""
     while True:
         ticket = atomic_read(state + TICKET)
         index = ticket & LOW
-        function, arguments = get_i64(state + FUNCTION), get_i64(state + ARGUMENTS)
-        if ticket >> 32 != call or index >= get_i64(state + COUNT):
+        task, call = get_i64(state + TASK), get_i64(state + CALL)
+        if ticket >> 32 != number or index >= get_i64(state + COUNT):
             return
         if atomic_swap(state + TICKET, ticket, ticket + 1):
-            invoke(function, arguments, index, thread)
+            _invoke(task, call, index, thread)
             atomic_add(state + DONE, 1)
 
 
 @njit
-def parallel(state: int, function: int, arguments: int, count: int) -> None:
-    """function(arguments, index, thread) for every index below `count`; returns when all are done.
+def parallel(state: int, task: int, call: int, count: int) -> None:
+    """task(call, index, thread) for every index below `count`; returns when all are done.
 
     Runs them one after the other here if there is nothing to share or another caller has the pool.
     """
     if count <= 1 or get_i64(state + THREADS) <= 1 or not atomic_swap(state + BUSY, 0, 1):
         for index in range(count):
-            invoke(function, arguments, index, 0)
+            _invoke(task, call, index, 0)
         return
-    put_i64(state + FUNCTION, function)
-    put_i64(state + ARGUMENTS, arguments)
+    put_i64(state + TASK, task)
+    put_i64(state + CALL, call)
     put_i64(state + COUNT, count)
     atomic_write(state + DONE, 0)
-    call = ((atomic_read(state + TICKET) >> 32) + 1) & 0x7FFFFFFF
-    atomic_write(state + TICKET, call << 32)
+    number = ((atomic_read(state + TICKET) >> 32) + 1) & 0x7FFFFFFF
+    atomic_write(state + TICKET, number << 32)
     if atomic_read(state + SLEEPING) > 0:
         mutex_lock(state + MUTEX)
         condition_wake(state + CONDITION)
         mutex_unlock(state + MUTEX)
-    _claim(state, call, 0)
+    _claim(state, number, 0)
     spins = 0
     while atomic_read(state + DONE) < count:  # only indices that another thread has begun
         spins += 1
@@ -145,6 +149,11 @@ def parallel(state: int, function: int, arguments: int, count: int) -> None:
         else:
             give_way(0)
     atomic_write(state + BUSY, 0)
+
+
+@njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
+def _run(state: int, task: int, call: int, count: int) -> None:
+    parallel(state, task, call, count)
 
 
 @njit("void(int64, int64)", nogil=True, cache=True)
@@ -186,11 +195,11 @@ class Pool:
 
     def __init__(self, threads: int) -> None:
         self.threads = max(1, threads)
-        self._memory = np.zeros(STATE_BYTES // 8 + 16, np.int64)  # must outlive the threads
-        self.state = -(-self._memory.ctypes.data // 128) * 128
-        offset = (self.state + THREADS - self._memory.ctypes.data) // 8
+        self._words = np.zeros(STATE_BYTES // 8 + 16, np.int64)  # must outlive the threads
+        self.state = -(-self._words.ctypes.data // 128) * 128
+        offset = (self.state + THREADS - self._words.ctypes.data) // 8
         _prepare(self.state)
-        self._memory[offset] = self.threads
+        self._words[offset] = self.threads
         self._helpers = [
             threading.Thread(target=_work, args=(self.state, i), name=f"kernel-{i}", daemon=True)
             for i in range(1, self.threads)
@@ -243,3 +252,53 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+
+# --- tasks and calls
+
+
+@njit(forceinline=True)
+def word(call: int, n: int) -> int:
+    """The n-th int64 of a call's description."""
+    value: int = get_i64(call + 8 * n)
+    return value
+
+
+_compiled: list[Any] = []  # a task's code lives as long as its object
+
+
+def compile_task(function: Callable[[int, int, int], None]) -> int:
+    """The address of a task, compiled or read from the cache."""
+    task = cfunc("void(int64, int64, int64)", cache=True, error_model="numpy")(function)
+    _compiled.append(task)
+    return int(task.address)
+
+
+class _Memory(threading.local):
+    """What each Python thread lends to its calls."""
+
+    def __init__(self) -> None:
+        self.words = np.zeros(64, np.int64)
+        self.address = self.words.ctypes.data
+        self.scratch = np.empty(0, np.uint8)
+
+
+_memory = _Memory()
+
+
+def scratch(size: int) -> int:
+    """The address of `size` bytes that are this Python thread's until it asks again; aligned to 64."""
+    if _memory.scratch.nbytes < size + 64:
+        _memory.scratch = np.empty(2 * size + 64, np.uint8)
+    return -(-_memory.scratch.ctypes.data // 64) * 64
+
+
+def describe(form: str, *values: float) -> int:
+    """Writes a call's description, `form` as in `struct`, and returns its address: good until the next one."""
+    struct.pack_into(form, _memory.words.data, 0, *values)
+    return _memory.address
+
+
+def run(task: int, call: int, count: int) -> None:
+    """`parallel` from Python, with the GIL released."""
+    _run(pool().state, task, call, count)

@@ -1,0 +1,121 @@
+"""Rotary position embedding and the write of K and V into their pages, compiled. Definition: kernels/rope_kv.py."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from numba import njit
+from torch import Tensor
+
+from kernels.cpu.simd import BYTES, F32, KINDS, WIDTH, add, get, get_i64, load, mul, put, store, sub
+from kernels.cpu.threads import compile_task, describe, run, word
+from kernels.linear import DTYPES
+
+TASK_NUMBERS = 1 << 13
+
+# words of a call's description
+(Q, Q_TOKEN, Q_HEAD, HEADS, K, K_TOKEN, K_HEAD, V, V_TOKEN, V_HEAD, KV_HEADS, HEAD_DIM, ROT, COS_SIN, COS_SIN_ROW,
+ POSITIONS, SLOTS, K_CACHE, K_BLOCK, V_CACHE, V_BLOCK, PAGE, TOKENS, PER_TASK) = range(24)  # fmt: skip
+
+
+@njit
+def _rotate(kind: Any, element: int, x: int, angles: int, rot: int, size: int, to: int) -> None:
+    """One head: feature i < rot / 2 with feature i + rot / 2; the features from rot on are copied."""
+    half = rot // 2
+    whole = half // WIDTH * WIDTH
+    sines, x2, to2 = angles + 4 * half, x + 4 * half, to + element * half
+    for i in range(0, whole, WIDTH):
+        c, s = load(F32, angles + 4 * i), load(F32, sines + 4 * i)
+        a, b = load(F32, x + 4 * i), load(F32, x2 + 4 * i)
+        store(kind, to + element * i, sub(mul(a, c), mul(b, s)))
+        store(kind, to2 + element * i, add(mul(b, c), mul(a, s)))
+    for i in range(whole, half):
+        c1, s1 = get(F32, angles + 4 * i), get(F32, sines + 4 * i)
+        a1, b1 = get(F32, x + 4 * i), get(F32, x2 + 4 * i)
+        put(kind, to + element * i, a1 * c1 - b1 * s1)
+        put(kind, to2 + element * i, b1 * c1 + a1 * s1)
+    _copy(kind, element, x, rot, size, to)
+
+
+@njit
+def _copy(kind: Any, element: int, x: int, begin: int, size: int, to: int) -> None:
+    """Features from `begin` on, as stored elements."""
+    whole = begin + (size - begin) // WIDTH * WIDTH
+    for i in range(begin, whole, WIDTH):
+        store(kind, to + element * i, load(F32, x + 4 * i))
+    for i in range(whole, size):
+        put(kind, to + element * i, get(F32, x + 4 * i))
+
+
+def _rope_tokens(kind: Any, element: int) -> Any:
+    """The task: PER_TASK tokens, for caches of one kind."""
+
+    def rope_tokens(call: int, index: int, thread: int) -> None:
+        size, rot, page = word(call, HEAD_DIM), word(call, ROT), word(call, PAGE)
+        begin = index * word(call, PER_TASK)
+        for t in range(begin, min(word(call, TOKENS), begin + word(call, PER_TASK))):
+            angles = word(call, COS_SIN) + get_i64(word(call, POSITIONS) + 8 * t) * word(call, COS_SIN_ROW)
+            for h in range(word(call, HEADS)):
+                q = word(call, Q) + t * word(call, Q_TOKEN) + h * word(call, Q_HEAD)
+                _rotate(F32, 4, q, angles, rot, rot, q)
+            slot = get_i64(word(call, SLOTS) + 8 * t)
+            if slot < 0:
+                continue
+            for h in range(word(call, KV_HEADS)):
+                inside = (h * page + slot % page) * size * element
+                k = word(call, K) + t * word(call, K_TOKEN) + h * word(call, K_HEAD)
+                v = word(call, V) + t * word(call, V_TOKEN) + h * word(call, V_HEAD)
+                _rotate(
+                    kind,
+                    element,
+                    k,
+                    angles,
+                    rot,
+                    size,
+                    word(call, K_CACHE) + slot // page * word(call, K_BLOCK) + inside,
+                )
+                _copy(kind, element, v, 0, size, word(call, V_CACHE) + slot // page * word(call, V_BLOCK) + inside)
+
+    return rope_tokens
+
+
+@lru_cache
+def task(dtype: torch.dtype) -> int:
+    name = DTYPES[dtype]
+    return compile_task(_rope_tokens(KINDS[name], BYTES[name]))
+
+
+def rope_kv(
+    q_THE: Tensor,
+    k_TKE: Tensor,
+    v_TKE: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> None:
+    """As the definition, for float32 q, k, v and float32, bfloat16 or float16 caches.
+
+    ValueError for dtypes and layouts that the engine does not make.
+    """
+    for x in (q_THE, k_TKE, v_TKE, cos_sin):
+        if x.dtype != torch.float32 or x.stride(-1) != 1:
+            raise ValueError(f"q, k, v and the angles must be float32 with contiguous features, not {x.dtype}.")
+    for cache in (k_cache, v_cache):
+        if cache.dtype not in DTYPES or not cache[:1].is_contiguous():
+            raise ValueError(f"No such cache: {cache.dtype} {list(cache.shape)} with strides {cache.stride()}.")
+    tokens, heads, e = q_THE.shape
+    kv_heads, element = k_TKE.shape[1], k_cache.element_size()
+    per_task = max(1, TASK_NUMBERS // ((heads + 2 * kv_heads) * e))
+    positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
+    call = describe(
+        "24q", q_THE.data_ptr(), 4 * q_THE.stride(0), 4 * q_THE.stride(1), heads, k_TKE.data_ptr(),
+        4 * k_TKE.stride(0), 4 * k_TKE.stride(1), v_TKE.data_ptr(), 4 * v_TKE.stride(0), 4 * v_TKE.stride(1), kv_heads,
+        e, cos_sin.shape[1], cos_sin.data_ptr(), 4 * cos_sin.stride(0), positions.data_ptr(), slot_mapping.data_ptr(),
+        k_cache.data_ptr(), element * k_cache.stride(0), v_cache.data_ptr(), element * v_cache.stride(0),
+        k_cache.shape[2], tokens, per_task,
+    )  # fmt: skip
+    run(task(k_cache.dtype), call, -(-tokens // per_task))
