@@ -196,12 +196,14 @@ class _Source:
 
     def _rows(self, tensor: TensorInfo, first: int, last: int) -> NDArray[np.float32]:
         """Rows first to last as float32 [rows, columns]."""
+        import numpy as np
         from gguf.quants import dequantize
 
         kind, row_bytes = self._types[tensor.type], self._row_bytes(tensor)
         raw = self._data[tensor.offset + first * row_bytes : tensor.offset + last * row_bytes]
         try:
-            values: NDArray[np.float32] = dequantize(raw.reshape(last - first, row_bytes), kind)
+            with np.errstate(all="ignore"):  # a damaged file's scales may be infinite
+                values: NDArray[np.float32] = dequantize(raw.reshape(last - first, row_bytes), kind)
         except NotImplementedError:
             raise CheckpointError(
                 f"{self.gguf.path}: {tensor.name} has the type {kind.name}, which the gguf package cannot dequantise.\n"
