@@ -68,7 +68,8 @@ class Trace:
             fields["outcome"] = self.outcome
         if self.prompt_text is not None:
             fields |= {"prompt_text": self.prompt_text, "output_text": self.output_text}
-        level = logging.DEBUG if self.route in QUIET_ROUTES and self.status < 400 else logging.INFO
+        expected = self.status < 400 or self.status == 503  # a probe that is told to wait is no event
+        level = logging.DEBUG if self.route in QUIET_ROUTES and expected else logging.INFO
         log.log(level, "request", extra={"fields": {key: value for key, value in fields.items() if value is not None}})
 
 

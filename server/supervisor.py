@@ -257,12 +257,13 @@ def spawn(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socke
 
 
 def environment() -> dict[str, str]:
-    """Ours, with the folder of our packages on the path unless it is there anyway (installed)."""
+    """Ours, with a place for compiled kernels, and our packages on the path unless they are there anyway (installed)."""
+    ours = {"NUMBA_CACHE_DIR": str(cache_dir() / "numba"), **os.environ}
     root = Path(__file__).resolve().parents[1]
     if root.name in ("site-packages", "dist-packages"):
-        return dict(os.environ)
+        return ours
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path}
+    return {**ours, "PYTHONPATH": path}
 
 
 async def bury(process: subprocess.Popen[bytes], patience: float) -> int:
