@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+__all__ = ["OPTIONS", "jit", "next_power_of_2", "tl"]
+
 try:
     import triton
     import triton.language as tl

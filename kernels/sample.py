@@ -52,7 +52,7 @@ def _keep_threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor)
 # Pivots are taken evenly among the 32-bit patterns of floats, so that a search ends exactly, in at most 16 passes;
 # with the shrinking it takes about 8. Qrita (arXiv 2602.01518) works alike.
 
-BLOCK = 4096
+BLOCK = 2048  # 4 logits a thread: few enough registers for two rows side by side on a multiprocessor
 WARPS = 16
 
 

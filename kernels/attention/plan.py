@@ -38,6 +38,8 @@ LONG: dict[str, dict[int, Tile]] = {
     "sm_100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 3)},
     "gfx942": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
 }
+# float32 products are exact ("ieee") and so not the tensor cores'; such a model is for checking, not for speed.
+FLOAT32 = Tile(16, 16, 4, 2)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -52,10 +54,10 @@ def target_name(capability: tuple[int, int], hip: bool) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
 
 
-def tile(target: str, head_dim: int, group: int, *, short: bool) -> Tile:
-    """The tile for a head size and a number of query heads per kv head."""
+def tile(target: str, head_dim: int, group: int, item_bytes: int, *, short: bool) -> Tile:
+    """The tile for a head size, a number of query heads per kv head, and the bytes of one number of q."""
     sizes = (SHORT if short else LONG)[target]
-    chosen = sizes[min(256, max(64, padded_head_dim(head_dim)))]
+    chosen = FLOAT32 if item_bytes == 4 else sizes[min(256, max(64, padded_head_dim(head_dim)))]
     rows = max(chosen.rows, 1 << (group - 1).bit_length())  # one query's whole group must fit
     return Tile(rows, chosen.keys, chosen.warps, chosen.stages)
 
@@ -72,15 +74,15 @@ class Launch:
 
 
 def launches(
-    target: str, num_tokens: int, num_seqs: int, group: int, head_dim: int, max_query_len: int
+    target: str, num_tokens: int, num_seqs: int, group: int, head_dim: int, item_bytes: int, max_query_len: int
 ) -> list[Launch]:
     """A decode step is one short launch; one prompt alone is one long launch; a mixture is one of each."""
-    few = tile(target, head_dim, group, short=True)
+    few = tile(target, head_dim, group, item_bytes, short=True)
     most = few.rows // group
     short = Launch(few, True, 1, most, num_seqs)
     if max_query_len <= most:
         return [short]
-    many = tile(target, head_dim, group, short=False)
+    many = tile(target, head_dim, group, item_bytes, short=False)
     tiles = num_tokens // (many.rows // group) + num_seqs
     if num_seqs == 1:
         return [Launch(many, False, 1, ANY, tiles)]

@@ -275,7 +275,8 @@ def paged_attention(
     assert block_tables.stride(1) == 1
     out = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
     tensors = (q_THE, k_NKPE, v_NKPE, query_start, seq_lens, block_tables, sinks)
-    for launch in plan.launches(target, q_THE.shape[0], num_seqs, group, head_dim, max_query_len):
+    item_bytes = q_THE.element_size()
+    for launch in plan.launches(target, q_THE.shape[0], num_seqs, group, head_dim, item_bytes, max_query_len):
         num_splits = plan.splits(launch.tiles * kv_heads, max_seq_len, multiprocessors)
         _launch(out, tensors, launch, num_splits, scale, window, soft_cap)
     return out

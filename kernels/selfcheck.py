@@ -1,0 +1,228 @@
+"""Every kernel against its definition, on the device that will run it, before anything is served with it.
+
+The kernels were compiled and read for each GPU and run in Triton's interpreter, but a user's GPU and driver may be the
+first real ones they meet. What passed is remembered per device, driver, Triton and code, so that only a first start
+pays for it. Knows tensors and devices, no model: the engine says the sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import Kernels, choose, definitions
+
+PAGE = 16
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of 1 + |value|, for the dtype's rounding
+DRIVER_FILES = ("/sys/module/nvidia/version", "/sys/module/amdgpu/version", "/proc/version")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the kernels are compiled for; the defaults are those of an 8B Llama."""
+
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    rotary: int = 128  # features of a head that are rotated
+    hidden: int = 4096
+    intermediate: int = 14336
+    vocab: int = 32000
+    window: int = 0
+    dtype: str = "bfloat16"
+
+
+Pair = tuple[Tensor, Tensor]  # a kernel's result and the definition's
+
+
+def selfcheck(
+    device: torch.device, *, sizes: Sizes | None = None, cache_dir: Path | None = None, kernels: Kernels | None = None
+) -> list[str]:
+    """What is wrong, one line per kernel that does not give what its definition gives; empty if all is well.
+
+    A line names the kernel, the largest error and the allowed one, or how it failed to run. Success is remembered in
+    `cache_dir`/kernels.json (default ~/.cache/penstock); a failure is looked at again at the next start.
+    """
+    sizes = sizes or Sizes()
+    kernels = kernels or choose(device.type)
+    memory = (cache_dir or default_cache_dir()) / "kernels.json"
+    key = identity(device, sizes, kernels)
+    if key in _remembered(memory):
+        return []
+    wrong = [line for name, check in CHECKS.items() if (line := _fault(name, check, kernels, sizes, device))]
+    if not wrong:
+        _remember(memory, key)
+    return wrong
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/penstock, else ~/.cache/penstock."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock"
+
+
+def identity(device: torch.device, sizes: Sizes, kernels: Kernels) -> str:
+    """All that a result depends on, in words: device, driver, versions, the code, the sizes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    driver = next((path.read_text().split("(")[0].strip() for path in map(Path, DRIVER_FILES) if path.exists()), "")
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    parts = (name, driver, f"torch {torch.__version__}", f"triton {triton}", f"code {code_hash()}", kernels.name)
+    return " | ".join((*parts, json.dumps(asdict(sizes))))
+
+
+def code_hash() -> str:
+    """Sixteen hex digits of sha256 over every source file of this folder."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in sorted(here.rglob("*.py")):
+        digest.update(str(path.relative_to(here)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _remembered(memory: Path) -> list[str]:
+    try:
+        passed = json.loads(memory.read_text())["passed"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not ours: check again
+        return []
+    return passed if isinstance(passed, list) else []
+
+
+def _remember(memory: Path, key: str) -> None:
+    """Adds a line; a cache that cannot be written costs a check at the next start and is said, no more."""
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        new = memory.with_suffix(f".{os.getpid()}.tmp")
+        new.write_text(json.dumps({"passed": [*_remembered(memory), key]}, indent=1))
+        new.replace(memory)
+    except OSError as error:
+        print(f"The result of the kernel check could not be kept in {memory}: {error}", file=sys.stderr)
+
+
+def _fault(
+    name: str, check: Callable[[Kernels, Sizes, torch.Generator], list[Pair]], kernels: Kernels, sizes: Sizes,
+    device: torch.device,
+) -> str:  # fmt: skip
+    """ "" if a kernel is right, else what is wrong with it."""
+    generator = torch.Generator(device)
+    seed = generator.seed()
+    try:
+        pairs = check(kernels, sizes, generator)
+        error = max(_error(got, want) for got, want in pairs)
+    except Exception as reason:  # whatever a compiler or a driver throws, the answer is: this kernel does not run here
+        return f"{name} (does not run: {type(reason).__name__}: {' '.join(str(reason).split())[:200]})"
+    allowed = TOLERANCE[getattr(torch, sizes.dtype)]
+    return "" if error <= allowed else f"{name} (error {error:.2g}, allowed {allowed:.2g}, seed {seed})"
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    """The largest |got - want| / (1 + |want|); infinite where there is a NaN."""
+    error = ((got.double() - want).abs() / (1 + want.abs())).max()
+    return float("inf") if error.isnan() else float(error)
+
+
+def _random(generator: torch.Generator, sizes: Sizes, *shape: int) -> Tensor:
+    dtype = getattr(torch, sizes.dtype)
+    return torch.randn(*shape, generator=generator, device=generator.device).to(dtype)
+
+
+def _check_attention(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    """A batch of decodes with long, short and no contexts, so that contexts are split; then a mixture with chunks."""
+    pairs = []
+    for lengths in ([(1, 1500), (1, 17), (1, 0), (1, 16)], [(70, 200), (1, 333), (33, 33), (2, 40)]):
+        counts, totals = zip(*lengths, strict=True)
+        columns = -(-max(totals) // PAGE)
+        blocks = columns * len(lengths)
+        cache = _random(generator, sizes, 2, blocks, sizes.kv_heads, PAGE, sizes.head_dim)
+        q = _random(generator, sizes, sum(counts), sizes.heads, sizes.head_dim)
+        table = torch.randperm(blocks, generator=generator, device=q.device).view(-1, columns).int()
+        starts = torch.tensor([0, *counts], device=q.device).cumsum(0).int()
+        seq_lens = torch.tensor(totals, device=q.device).int()
+        limits = {"max_query_len": max(counts), "max_seq_len": max(totals), "window": sizes.window}
+        args = (starts, seq_lens, table)
+        scale = sizes.head_dim**-0.5
+        got = kernels.paged_attention(q, cache[0], cache[1], *args, scale=scale, **limits)
+        want = definitions().paged_attention(
+            q.double(), cache[0].double(), cache[1].double(), *args, scale=scale, **limits
+        )
+        pairs.append((got, want))
+    return pairs
+
+
+def _check_rope_kv(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    tokens, blocks = 37, 5
+    heads = sizes.heads + 2 * sizes.kv_heads
+    qkv = _random(generator, sizes, tokens, heads * sizes.head_dim)
+    cache = _random(generator, sizes, 2, blocks, sizes.kv_heads, PAGE, sizes.head_dim)
+    qkv64, cache64 = qkv.double(), cache.double()
+    angles = torch.randn(1000, sizes.rotary, generator=generator, device=qkv.device)
+    positions = torch.randint(0, 1000, (tokens,), generator=generator, device=qkv.device)
+    slots = torch.randperm(blocks * PAGE, generator=generator, device=qkv.device)[:tokens]
+    slots[::5] = -1
+    for op, x, kv, table in ((kernels, qkv, cache, angles), (definitions(), qkv64, cache64, angles.double())):
+        q, k, v = x.view(tokens, heads, -1).split([sizes.heads, sizes.kv_heads, sizes.kv_heads], dim=1)
+        op.rope_kv(q, k, v, table, positions, slots, kv[0], kv[1])
+    return [(qkv[:, : sizes.heads * sizes.head_dim], qkv64[:, : sizes.heads * sizes.head_dim]), (cache, cache64)]
+
+
+def _check_rms_norm(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    x, w = _random(generator, sizes, 19, sizes.hidden), _random(generator, sizes, sizes.hidden)
+    heads, head_w = (
+        _random(generator, sizes, 19, sizes.heads, sizes.head_dim),
+        _random(generator, sizes, sizes.head_dim),
+    )
+    return [
+        (kernels.rms_norm(x, w, 1e-5), definitions().rms_norm(x.double(), w.double(), 1e-5)),
+        (kernels.rms_norm(heads, head_w, 1e-6), definitions().rms_norm(heads.double(), head_w.double(), 1e-6)),
+    ]
+
+
+def _check_add_rms_norm(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    x, residual = _random(generator, sizes, 19, sizes.hidden), _random(generator, sizes, 19, sizes.hidden)
+    w = _random(generator, sizes, sizes.hidden)
+    want = definitions().add_rms_norm(x.double(), residual.double(), w.double(), 1e-5)
+    got = kernels.add_rms_norm(x, residual.clone(), w, 1e-5)
+    return list(zip(got, want, strict=True))
+
+
+def _check_silu_mul(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    x = _random(generator, sizes, 19, 2 * sizes.intermediate)
+    return [(kernels.silu_mul(x), definitions().silu_mul(x.double()))]
+
+
+def _check_sample(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    """Ids are compared as hits and misses: of 64 rows, one may fall on a boundary's rounding."""
+    rows, device = 64, generator.device
+    logits = torch.randn(rows, sizes.vocab, generator=generator, device=device) * 3
+
+    def some(scale: float, every: int, off: float) -> Tensor:
+        values = torch.rand(rows, generator=generator, device=device) * scale
+        values[::every] = off
+        return values
+
+    temperature, top_p, min_p = some(1.5, 7, 0.0), some(1.0, 4, 1.0), some(0.1, 2, 0.0)
+    top_k = some(100, 3, 0).int()
+    uniform = torch.rand(rows, generator=generator, device=device, dtype=torch.float64)
+    args = (logits, temperature, top_k, top_p, min_p, uniform)
+    misses = (kernels.sample(*args) != definitions().sample(*args)).sum()
+    return [(torch.where(misses > 1, float("inf"), 0.0), torch.zeros((), dtype=torch.float64, device=device))]
+
+
+CHECKS: dict[str, Callable[[Kernels, Sizes, torch.Generator], list[Pair]]] = {
+    "paged_attention": _check_attention,
+    "rope_kv": _check_rope_kv,
+    "rms_norm": _check_rms_norm,
+    "add_rms_norm": _check_add_rms_norm,
+    "silu_mul": _check_silu_mul,
+    "sample": _check_sample,
+}

@@ -1,0 +1,329 @@
+"""Compiles every shipped Triton kernel for every supported GPU, without one, and reads the machine code.
+
+    python -m tools.kernel_report            writes docs/kernels.md
+    python -m tools.kernel_report --check    writes nothing; exit status 1 if a kernel spills registers to memory, or
+                                             attention has no tensor-core instructions
+    --quick                                  a representative few per GPU
+
+ptxas, cuobjdump and nvdisasm come with the Triton wheel. What a compiler without a device cannot say is speed; what it
+can say is what makes speed impossible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.pop("TRITON_INTERPRET", None)  # this tool compiles
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import rms_norm, rope_kv, sample, silu_mul
+from kernels.attention import plan
+from kernels.attention import triton as attention
+from kernels.jit import OPTIONS
+
+ROOT = Path(__file__).parent.parent
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory, registers and threads of one multiprocessor: what limits the programs that run on it side by side.
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
+NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    **dict.fromkeys(("query_start_ptr", "seq_lens_ptr", "table_ptr", "top_k_ptr"), "*i32"),
+    **dict.fromkeys(("position_ptr", "slot_ptr", "id_ptr"), "*i64"),
+    **dict.fromkeys(("part_ptr", "part_peak_ptr", "cos_sin_ptr", "logits_ptr"), "*fp32"),
+    **dict.fromkeys(("temperature_ptr", "top_p_ptr", "min_p_ptr"), "*fp32"),
+    "uniform_ptr": "*fp64",
+}  # all others point at the model's dtype
+FLOATS = ("scale", "soft_cap", "eps")  # all other arguments are integers
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of one kernel for one GPU."""
+
+    target: str
+    kernel: str  # module.function within kernels
+    shape: str
+    constants: dict[str, Any] = field(hash=False)
+    warps: int
+    stages: int = 3
+    dtype: str = "bf16"
+    kv_bytes: int = 0  # of one step of the key loop, where memory bounds it
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the machine code says."""
+
+    registers: int
+    spilled: int  # bytes of stack or scratch
+    shared: int
+    programs_per_sm: int
+    mma: dict[str, int]  # tensor-core instruction -> occurrences
+    wide: float  # share of the bytes of all load instructions that 128-bit ones carry
+    per_kv_byte: float | None  # warp instructions of the key loop per byte of K and V that it reads
+
+
+KERNELS: dict[str, Any] = {
+    "attention": attention._attention,
+    "combine": attention._combine,
+    "rope_kv": rope_kv._rope_kv,
+    "rms_norm": rms_norm._rms_norm,
+    "silu_mul": silu_mul._silu_mul,
+    "sample": sample._sample,
+}
+
+
+def cases(quick: bool) -> list[Case]:
+    """Every variant that real models use, or a representative few."""
+    found: list[Case] = []
+    for target in TARGETS:
+        for head_dim in (64, 128) if quick else (64, 128, 256):
+            for group in (4,) if quick else (1, 4, 8):
+                found += attention_cases(target, head_dim, group)
+            found += [combine_case(target, head_dim, 4)]
+        if not quick:
+            found += attention_cases(target, 128, 4, window=True)  # Mistral
+            found += attention_cases(target, 256, 2, window=True, soft_cap=True)  # Gemma 2
+            found += attention_cases(target, 128, 4, dtype="fp32")
+        found += attention_cases(target, 64, 8, window=True, sinks=True)  # gpt-oss
+        found += small_cases(target, quick)
+    return found
+
+
+def attention_cases(
+    target: str,
+    head_dim: int,
+    group: int,
+    *,
+    window: bool = False,
+    soft_cap: bool = False,
+    sinks: bool = False,
+    dtype: str = "bf16",
+) -> Iterable[Case]:
+    """The short and the long launch."""
+    item_bytes = 4 if dtype == "fp32" else 2
+    extras = [name for name, on in (("window", window), ("cap", soft_cap), ("sinks", sinks)) if on]
+    extras += [dtype] if dtype != "bf16" else []
+    for short in (True, False):
+        tile = plan.tile(target, head_dim, group, item_bytes, short=short)
+        length = "short" if short else "long"
+        shape = " ".join((length, f"E{head_dim}", f"G{group}", *extras, f"{tile.rows}x{tile.keys}"))
+        constants = attention.constants(head_dim, group, 16, tile, short, window, soft_cap, sinks)
+        kv_bytes = 2 * item_bytes * tile.keys * head_dim if short else 0
+        yield Case(target, "attention", shape, constants, tile.warps, tile.stages, dtype, kv_bytes)
+
+
+def combine_case(target: str, head_dim: int, group: int) -> Case:
+    """The second stage of a split context."""
+    tile = plan.tile(target, head_dim, group, 2, short=True)
+    constants = attention.combine_constants(head_dim, group, tile, True, False)
+    return Case(target, "combine", f"E{head_dim} G{group}", constants, attention.COMBINE_WARPS)
+
+
+def small_cases(target: str, quick: bool) -> Iterable[Case]:
+    """The kernels that are bound by memory alone."""
+    for heads, kv_heads, head_dim in ((32, 8, 128),) if quick else ((9, 3, 64), (32, 8, 128)):
+        constants = rope_kv.constants(heads, kv_heads, head_dim, head_dim, 16)
+        yield Case(target, "rope_kv", f"H{heads} K{kv_heads} E{head_dim}", *_split_options(constants))
+    norms = [(4096, 1, True), (576, 1, True), (8192, 1, True), (128, 32, False)]
+    for width, inner, add in norms[:1] if quick else norms:
+        constants = rms_norm.constants(width, inner, add=add)
+        yield Case(target, "rms_norm", f"D{width} add" if add else f"E{width} H{inner}", *_split_options(constants))
+    yield Case(target, "silu_mul", "I14336", {"WIDTH": 14336, "BLOCK": silu_mul.BLOCK}, 4)
+    yield Case(target, "sample", "", {"BLOCK": sample.BLOCK}, sample.WARPS)
+
+
+def _split_options(constants: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """(compile-time constants, warps)."""
+    return {name: value for name, value in constants.items() if name != "num_warps"}, constants["num_warps"]
+
+
+def compile_case(case: Case) -> Any:
+    """The compiled kernel, with the arguments' alignment as the JIT would find it for real shapes."""
+    kernel = KERNELS[case.kernel]
+    signature, attributes = {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in case.constants:
+            signature[name] = "constexpr"
+            continue
+        pointer = POINTERS.get(name, "*" + case.dtype)
+        signature[name] = pointer if name.endswith("_ptr") else "fp32" if name in FLOATS else "i32"
+        if not parameter.do_not_specialize and name not in FLOATS:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=case.constants, attrs=attributes)
+    options = {"num_warps": case.warps, "num_stages": case.stages, **OPTIONS}
+    return triton.compile(source, target=TARGETS[case.target], options=options)
+
+
+def figures(case: Case) -> Figures:
+    """Compiles a case and reads its machine code."""
+    compiled = compile_case(case)
+    return (_amd_figures if case.target == "gfx942" else _nvidia_figures)(case, compiled)
+
+
+def _nvidia_figures(case: Case, compiled: Any) -> Figures:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output(NVIDIA_BIN / "cuobjdump", "-res-usage", file.name)
+        sass = _output(NVIDIA_BIN / "nvdisasm", "-c", file.name)
+    use = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", usage)}
+    shared = compiled.metadata.shared
+    loads = re.findall(r"\b(LDG|LDGSTS|UTMALDG)\.(\S+)", sass)
+    widths = [16 if ".128" in f".{kind}" else 8 if ".64" in f".{kind}" else 4 for _, kind in loads]
+    spilled = use["STACK"] + use["LOCAL"] + len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    by_registers = 65536 // (max(1, -(-use["REG"] // 8) * 8) * 32 * case.warps)
+    by_shared = SHARED_BYTES[case.target] // (shared + 1024)
+    return Figures(
+        registers=use["REG"],
+        spilled=spilled,
+        shared=shared,
+        programs_per_sm=min(by_registers, by_shared, 2048 // (32 * case.warps)),
+        mma=_count(r"\b(HMMA|HGMMA|IMMA|UTC\w*MMA)\b", sass),
+        wide=sum(w for w in widths if w == 16) / max(1, sum(widths)),
+        per_kv_byte=_loop_instructions(sass) * case.warps / case.kv_bytes if case.kv_bytes else None,
+    )
+
+
+def _loop_instructions(sass: str) -> int:
+    """Instructions of the cheapest loop with tensor-core instructions: the one without masks, where there is one."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
+            if jump and jump[1] in labels:
+                body = instructions[labels[jump[1]] :]
+                if any("MMA" in each for each in body):
+                    loops.append(len(body))
+    return min(loops, default=0)
+
+
+def _amd_figures(case: Case, compiled: Any) -> Figures:
+    text = compiled.asm["amdgcn"]
+    use = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+    shared = compiled.metadata.shared
+    loads = re.findall(r"\b(?:global|buffer)_load_(?:lds_)?(\w+)", text)
+    widths = [{"dwordx4": 16, "dwordx3": 12, "dwordx2": 8}.get(kind, 4) for kind in loads]
+    by_registers = 4 * (512 // (max(1, -(-use["vgpr_count"] // 8) * 8))) // case.warps
+    by_shared = SHARED_BYTES[case.target] // max(1, shared)
+    return Figures(
+        registers=use["vgpr_count"],
+        spilled=use["vgpr_spill_count"] * 4 + use["private_segment_fixed_size"],
+        shared=shared,
+        programs_per_sm=min(by_registers, by_shared, 32 // case.warps),
+        mma=_count(r"\bv_(mfma)_", text),
+        wide=sum(w for w in widths if w == 16) / max(1, sum(widths)),
+        per_kv_byte=None,
+    )
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def _count(pattern: str, text: str) -> dict[str, int]:
+    found = re.findall(pattern, text)
+    return {kind: found.count(kind) for kind in sorted(set(found))}
+
+
+def faults(case: Case, found: Figures) -> list[str]:
+    """What must not ship."""
+    name = f"{case.target} {case.kernel} {case.shape}"
+    wrong = [f"{name}: spills {found.spilled} bytes"] if found.spilled else []
+    if case.kernel == "attention" and case.dtype != "fp32" and not found.mma:
+        wrong.append(f"{name}: has no tensor-core instructions")
+    return wrong
+
+
+def row(case: Case, found: Figures) -> str:
+    """One line of the report's table."""
+    mma = ", ".join(f"{count} {kind}" for kind, count in found.mma.items()) or "-"
+    cost = "-" if found.per_kv_byte is None else f"{found.per_kv_byte:.3f}"
+    cells = (
+        case.kernel, case.shape, case.warps, found.registers, found.spilled, found.shared, found.programs_per_sm,
+        mma, f"{found.wide:.0%}", cost,
+    )  # fmt: skip
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+HEAD = """# What the kernels compile to
+
+Written by `python -m tools.kernel_report` with Triton {version}; `--check` (in CI) fails on a spill and on attention
+without tensor-core instructions. bf16 unless said, pages of 16 tokens. No GPU was used.
+
+- **variant**: E head size, G query heads per kv head, rows x keys of a tile; *short* is the launch for sequences with
+  few new tokens (decode), *long* the one for prefill chunks (`kernels/attention/plan.py`).
+- **spill**: bytes of stack or scratch; **side by side**: programs that fit on one multiprocessor by registers, shared
+  memory and threads; **wide**: share of the bytes of all load instructions that 128-bit ones carry.
+- **per KV byte**: warp instructions of the key loop per byte of K and V. An H100 can issue about 0.28 per byte of its
+  memory bandwidth, an A100 0.30, a B200 0.14: what a decode uses of that must be well below 1.
+"""
+COLUMNS = "| kernel | variant | warps | registers | spill | shared | side by side | tensor cores | wide | per KV byte |"
+
+
+def report(found: list[tuple[Case, Figures]]) -> str:
+    """docs/kernels.md."""
+    lines = [HEAD.format(version=triton.__version__)]
+    for target in TARGETS:
+        lines += [f"## {target}", "", COLUMNS, "| --- " * 2 + "| ---: " * 5 + "| --- | ---: | ---: |"]
+        lines += [row(case, figure) for case, figure in found if case.target == target]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def compile_all(work: list[Case], processes: int) -> list[tuple[Case, Figures]]:
+    """Compiles everything, in order; says how long it took."""
+    begin = time.monotonic()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        found = list(zip(work, pool.map(figures, work), strict=True))
+    seconds = time.monotonic() - begin
+    print(f"{len(work)} variants compiled in {seconds:.0f} s by {processes} processes", file=sys.stderr)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail on faults instead of writing the report")
+    parser.add_argument("--quick", action="store_true", help="a representative few")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    options = parser.parse_args()
+    found = compile_all(cases(options.quick), options.processes)
+    wrong = [fault for case, figure in found for fault in faults(case, figure)]
+    for fault in wrong:
+        print(fault)
+    if options.check:
+        print("kernel report: " + (f"{len(wrong)} faults" if wrong else f"{len(found)} variants, no faults"))
+        return 1 if wrong else 0
+    (ROOT / "docs" / "kernels.md").write_text(report(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
