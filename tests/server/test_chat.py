@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from engine.messages import Delta, TokenLogprob
+from server.app import create_app
+from server.chat_template import ChatTemplates
 from server.sampling import choice_seed
-from tests.server.conftest import chat, events, until
-from tests.server.fake_engine import IM_END, drawn, reply
+from tests.server.conftest import chat, events, in_process, make_state, until
+from tests.server.fake_engine import BOS, IM_END, byte_tokenizer, drawn, reply, write_byte_tokenizer
 
 PATH = "/v1/chat/completions"
 
@@ -360,3 +362,28 @@ async def test_a_crash_in_the_middle_is_a_pause_and_the_same_continuation(http, 
     engine.script = drawn
     engine.connect()
     assert (await asked)["choices"][0]["message"]["content"] == undisturbed["choices"][0]["message"]["content"]
+
+
+async def test_the_real_templates_render_what_the_fake_ones_do_and_a_missing_one_is_told(engine, tmp_path):
+    write_byte_tokenizer(tmp_path)
+    state, content = make_state(engine), "a<|im_end|>é"
+    async with in_process(create_app(state)) as http:
+        await whole(http, content=content)
+        state.templates = ChatTemplates({}, "none", "a base model")
+        refused = await http.post(PATH, json=chat())
+        state.templates = ChatTemplates.load(tmp_path)  # its tokens are those of ChatML
+        try:
+            await whole(http, content=content)
+        finally:
+            await state.templates.close()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "no_chat_template")
+    assert engine.asked[0].prompt == engine.asked[1].prompt
+
+
+async def test_add_special_tokens_puts_bos_before_the_template(engine):
+    state = make_state(engine)
+    state.tokenizer = byte_tokenizer(bos=True)
+    async with in_process(create_app(state)) as http:
+        await whole(http)
+        await whole(http, add_special_tokens=True)
+    assert engine.asked[1].prompt == [BOS, *engine.asked[0].prompt]
