@@ -58,7 +58,7 @@ def test_a_model_written_as_gguf_comes_back_with_the_same_logits(tmp_path: Path,
     model = tiny_model(architecture, SEED, **config)
     convert_weights(write_gguf(tmp_path / "m.gguf", model), tmp_path / "out")
     back = load(tmp_path / "out")
-    assert back.config.architectures == model.config.architectures or [type(model).__name__]
+    assert back.config.architectures == [type(model).__name__]
     assert back.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(logits(back), logits(model))
 
@@ -254,10 +254,12 @@ def test_a_file_with_random_bytes_changed_is_refused_or_converted_but_never_cras
             at = rng.randrange(head)
             data[at : at + 1] = bytes([rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])])
         (tmp_path / "bad.gguf").write_bytes(data)
+        message = "converted"
         try:
             convert_weights(tmp_path / "bad.gguf", tmp_path / f"out{i}")
         except CheckpointError as error:
-            assert 0 < len(str(error).splitlines()) <= 6, (SEED, i)
+            message = str(error)
+        assert 0 < len(message.splitlines()) <= 6, (SEED, i)
 
 
 def head(tensors: int = 0, keys: int = 0, rest: bytes = b"", version: int = 3) -> bytes:
