@@ -37,6 +37,7 @@ from engine.messages import (
     encode,
 )
 from server.engine_client import EngineClient
+from server.paths import cache_dir
 
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine.worker")  # -P: the user's own folder must not shadow ours
 TICK = 0.25  # seconds between two looks at a living engine
@@ -241,11 +242,12 @@ class Supervisor:
 
 def spawn(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """The engine process and our end of its socket. It starts with the API's signals blocked, until it ignores them."""
+    surroundings = environment()
     ours, theirs = socket.socketpair()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, THE_APIS_SIGNALS)
     try:
         argv = [*command, "--fd", str(theirs.fileno())]
-        process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment())
+        process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=surroundings)
     except OSError:
         ours.close()
         raise
@@ -257,7 +259,7 @@ def spawn(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socke
 
 
 def environment() -> dict[str, str]:
-    """Ours, with a place for compiled kernels, and our packages on the path unless they are there anyway (installed)."""
+    """Ours, a place for compiled kernels, and our packages on the path unless they are there anyway (installed)."""
     ours = {"NUMBA_CACHE_DIR": str(cache_dir() / "numba"), **os.environ}
     root = Path(__file__).resolve().parents[1]
     if root.name in ("site-packages", "dist-packages"):
