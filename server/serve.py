@@ -14,9 +14,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from typing import TYPE_CHECKING
 
+from engine.messages import Decision, EngineOptions, Progress, SamplingParams, Submit
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from server.supervisor import Supervisor
 
 DRAIN_TICK = 0.05  # seconds between two looks at what still runs: two numbers, cheaper than an event kept for it
+ENGINE_OPTIONS = set(EngineOptions.__struct_fields__) - {"model_dir"}  # settings of these names go to the engine
 LAST_WORDS = 5  # seconds that responses get to be written once their streams have ended
 
 log = logging.getLogger("penstock")
@@ -164,7 +166,6 @@ def _stop_events() -> tuple[asyncio.Event, asyncio.Event]:
 async def _load(state: ServerState, url: str, began: float) -> Supervisor | None:
     """Everything between HTTP being up and being ready. None: it cannot be, and the reason has been printed."""
     from engine.errors import CheckpointError
-    from engine.messages import EngineOptions
     from server.chat_template import ChatTemplates
     from server.model_info import read_model_info
     from server.model_source import SourceError
@@ -177,9 +178,7 @@ async def _load(state: ServerState, url: str, began: float) -> Supervisor | None
     try:
         located = await _locate(state)
         before = {"api": time.monotonic() - began - sum(located.ledger.values()), **located.ledger}
-        names = ("device", "dtype", "kernels", "max_context", "kv_cache_bytes", "gpu_memory_fraction")
-        names += ("max_batch_tokens", "max_sequences", "threads")
-        options = {name: getattr(settings, name) for name in names}
+        options = {name: getattr(settings, name) for name in ENGINE_OPTIONS}
         supervisor = Supervisor(client, EngineOptions(model_dir=str(located.folder), **options))
         supervisor.start()
         state.info = read_model_info(located.folder, settings.generation_config)
@@ -203,7 +202,6 @@ async def _load(state: ServerState, url: str, began: float) -> Supervisor | None
 
 async def _locate(state: ServerState) -> Located:
     """The model's folder; /ready shows how far a conversion or download is."""
-    from engine.messages import Progress
     from server.model_source import locate
 
     loop = asyncio.get_running_loop()
@@ -217,17 +215,13 @@ async def _locate(state: ServerState) -> Located:
 
 async def _first_token(state: ServerState) -> None:
     """One token through the client, the socket and the engine: what `ready` promises has happened once."""
-    from engine.messages import SamplingParams, Submit
-
     params = SamplingParams(max_tokens=1, temperature=0.0)
     async with state.client.open([Submit(id=0, prompt=[0], params=params)]) as stream:
         async for _ in stream:
             pass
 
 
-def _own_decisions(state: ServerState, located: Located) -> list[object]:
-    from engine.messages import Decision
-
+def _own_decisions(state: ServerState, located: Located) -> list[Decision]:
     assert state.templates is not None
     info = state.info
     defaults = ", ".join(f"{name} {value:g}" for name, value in info.defaults.items()) or "OpenAI's"
@@ -268,10 +262,10 @@ async def _stop(
         await state.templates.close()
 
 
-async def _first(*awaitables: object) -> None:
+async def _first(*awaitables: Awaitable[object]) -> None:
     """Wait until one of them is over; what was made a task here is cancelled."""
     given = [one for one in awaitables if isinstance(one, asyncio.Task)]
-    made = [asyncio.ensure_future(one) for one in awaitables if not isinstance(one, asyncio.Task)]  # type: ignore[arg-type]
+    made = [asyncio.ensure_future(one) for one in awaitables if not isinstance(one, asyncio.Task)]
     await asyncio.wait([*given, *made], return_when=asyncio.FIRST_COMPLETED)
     for task in made:
         task.cancel()

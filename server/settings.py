@@ -194,7 +194,8 @@ def explain_unknown(name: str, known: Iterable[str]) -> str:
 def _default_text(option: Field[Any]) -> str:
     if option.default in (None, (), False):
         return ""
-    shown = f"{option.default // 2**20}MiB" if option.metadata.get("size") else option.default
+    default: Any = option.default
+    shown = f"{default // 2**20}MiB" if option.metadata.get("size") else default
     return f" (default: {shown})"
 
 
