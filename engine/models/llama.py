@@ -95,7 +95,7 @@ class Attention:
 
     def qkv(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of one tensor: q [T, H, E], k and v [T, K, E]."""
-        q_THE, k_TKE, v_TKE = self.qkv_proj(x_TD).view(self.all_heads).split(self.heads, dim=1)
+        q_THE, k_TKE, v_TKE = self.qkv_proj(x_TD).view(self.all_heads).split_with_sizes(self.heads, dim=1)
         return q_THE, k_TKE, v_TKE
 
     def __call__(self, x_TD: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
