@@ -53,7 +53,7 @@ def pack(weight: Tensor, form: str) -> PackedLinear:
 
     weight = weight.contiguous()
     data = torch.zeros(cpu.panels(n), k, WIDTH, dtype=weight.dtype)
-    cpu.pack(DTYPES[weight.dtype], weight.data_ptr(), data.data_ptr(), n, k)
+    cpu.pack(weight.dtype, weight.data_ptr(), data.data_ptr(), n, k)
     return PackedLinear(form, data, n, k)
 
 
@@ -69,7 +69,7 @@ def rows(packed: PackedLinear, ids: Tensor) -> Tensor:
     from kernels.cpu import linear as cpu
     from kernels.cpu.simd import WIDTH
 
-    return packed.data[ids // WIDTH, :, cpu.lane(ids % WIDTH, DTYPES[packed.dtype])]
+    return packed.data[ids // WIDTH, :, cpu.lane(ids % WIDTH, packed.dtype)]
 
 
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
@@ -93,7 +93,7 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
         x = x.contiguous()
     y = torch.empty(t, n)
     cpu.linear(
-        DTYPES[packed.dtype], x.data_ptr(), 4 * x.stride(0), packed.data.data_ptr(),
+        packed.dtype, x.data_ptr(), 4 * x.stride(0), packed.data.data_ptr(),
         0 if bias is None else bias.data_ptr(), y.data_ptr(), t, n, k,
     )  # fmt: skip
     return y

@@ -248,7 +248,7 @@ def _plan(call: int) -> int:
 
 
 @lru_cache
-def _task(dtype: torch.dtype) -> int:
+def task(dtype: torch.dtype) -> int:
     name = DTYPES[dtype]
     return compile_task(_attend(KINDS[name], BYTES[name]))
 
@@ -295,7 +295,7 @@ def paged_attention(
         block_tables.data_ptr(), 4 * block_tables.stride(0), sequences, heads, kv_heads, e, page, window,
         0 if sinks is None else sinks.data_ptr(), memory + each * pool().threads, memory, scale, soft_cap,
     )  # fmt: skip
-    run(_task(k_NKPE.dtype), call, _plan(call))
+    run(task(k_NKPE.dtype), call, _plan(call))
     return out if q_THE.dtype == torch.float32 else out.to(q_THE.dtype)
 
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import torch
 from numba import njit
+from torch import Tensor
 
 from kernels.cpu.simd import BF16, BYTES, F32, KINDS, WIDTH, copy_16, copy_32, get, put, stack
 from kernels.cpu.threads import compile_task, describe, pool, run, scratch, word
 from kernels.cpu.tile import MAX_ROWS, PANELS, dot_tile_packed
+from kernels.linear import DTYPES
 
 K_BLOCK = 256  # features summed in registers before they join y: a panel's share (8 KiB in bf16) stays in the L1 cache
 ROW_TILES = 21  # tiles in one task: 126 rows of a K block are 252 KiB, half of an L2 cache
@@ -145,12 +148,15 @@ def _pack_weights(element: int, pairs: bool) -> Any:
 
 
 @lru_cache
-def _task(name: str, dtype: str) -> int:
-    """A task for weights of `dtype`."""
-    if name == "pack_rows":
-        return compile_task(_pack_rows)
-    kind, element = KINDS[dtype], BYTES[dtype]
-    return compile_task(_share(kind, element) if name == "share" else _pack_weights(element, kind is BF16))
+def tasks(dtype: torch.dtype) -> tuple[int, int, int]:
+    """For weights of `dtype`: the task of the product, of copying x to tiles, of packing weights."""
+    kind, element = KINDS[DTYPES[dtype]], BYTES[DTYPES[dtype]]
+    return compile_task(_share(kind, element)), _pack_rows_task(), compile_task(_pack_weights(element, kind is BF16))
+
+
+@lru_cache
+def _pack_rows_task() -> int:
+    return compile_task(_pack_rows)
 
 
 def panels(columns: int) -> int:
@@ -158,29 +164,32 @@ def panels(columns: int) -> int:
     return -(-columns // WIDTH)
 
 
-def lane(column: Any, dtype: str) -> Any:
-    """Where a column of its panel stands in memory; works on arrays too. See `emit_weights`."""
+def lane(column: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a column of its panel stands in memory. See `emit_weights`."""
     half = WIDTH // 2
-    return column % half * 2 + column // half if dtype == "bfloat16" else column
+    return column % half * 2 + column // half if dtype == torch.bfloat16 else column
 
 
-def pack(dtype: str, weights: int, packed: int, columns: int, features: int) -> None:
+def pack(dtype: torch.dtype, weights: int, packed: int, columns: int, features: int) -> None:
     """Copies row-major weights [columns, features] into panels [panels, features, WIDTH], zeroed before."""
     call = describe("11q", weights, 0, 0, 0, 0, 0, columns, features, 0, 0, packed)
-    run(_task("pack_weights", dtype), call, panels(columns))
+    run(tasks(dtype)[2], call, panels(columns))
 
 
-def linear(dtype: str, x: int, x_row: int, w: int, bias: int, y: int, rows: int, columns: int, features: int) -> None:
+def linear(
+    dtype: torch.dtype, x: int, x_row: int, w: int, bias: int, y: int, rows: int, columns: int, features: int
+) -> None:
     """y [rows, columns] = x [rows, features] w^T + bias, for packed w of `dtype`; the others are float32.
 
     Addresses; x_row in bytes; bias may be 0.
     """
     copied = scratch(4 * rows * features) if rows > COPIED_ROWS else 0
-    panel_bytes = features * WIDTH * BYTES[dtype]
+    panel_bytes = features * WIDTH * dtype.itemsize
     fair = panels(columns) // (4 * pool().threads)  # panels a task, if each thread had four tasks
     per_task = max(4, min(TASK_BYTES // max(panel_bytes, 1), fair) // 4 * 4)
     tiles = -(-rows // MAX_ROWS)
     call = describe("11q", x, x_row, w, bias, y, rows, columns, features, tiles, per_task, copied)
+    product, copy, _ = tasks(dtype)
     if copied:
-        run(_task("pack_rows", ""), call, tiles)
-    run(_task("share", dtype), call, -(-tiles // ROW_TILES) * -(-panels(columns) // per_task))
+        run(copy, call, tiles)
+    run(product, call, -(-tiles // ROW_TILES) * -(-panels(columns) // per_task))

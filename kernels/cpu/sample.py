@@ -219,7 +219,7 @@ def _draw(
 def _round_up(value: float) -> float:
     """The least float32 that is no less than a float64."""
     rounded = np.float32(value)
-    nearest: float = rounded if rounded >= value else np.nextafter(rounded, np.float32(math.inf))
+    nearest: Any = rounded if rounded >= value else np.nextafter(rounded, np.float32(math.inf))
     return nearest
 
 

@@ -21,6 +21,8 @@ from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
+import kernels.cpu.cache  # noqa: F401  (before anything is compiled)
+
 F32, BF16, F16 = np.float32(0), np.uint16(0), np.int16(0)
 KINDS = {"float32": F32, "bfloat16": BF16, "float16": F16}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -264,14 +264,19 @@ def word(call: int, n: int) -> int:
     return value
 
 
-_compiled: list[Any] = []  # a task's code lives as long as its object
+_tasks: list[Any] = []  # a task's code lives as long as its object
 
 
 def compile_task(function: Callable[[int, int, int], None]) -> int:
     """The address of a task, compiled or read from the cache."""
     task = cfunc("void(int64, int64, int64)", cache=True, error_model="numpy")(function)
-    _compiled.append(task)
+    _tasks.append(task)
     return int(task.address)
+
+
+def compiled_now() -> int:
+    """How many tasks this process compiled, rather than read from the cache."""
+    return sum(task.cache_hits == 0 for task in _tasks)
 
 
 class _Memory(threading.local):

@@ -14,9 +14,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((16, 64), (15, 8), (17, 9), (5, 7), (1, 1), (37, 255), (33, 257), (200, 1029), (576, 1536))
 
 
-@pytest.fixture(autouse=True, params=[1, 3])
-def _threads(request: pytest.FixtureRequest) -> None:
-    threads.set_threads(request.param)
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    threads.set_threads(2)
 
 
 def random(generator: torch.Generator, *shape: int) -> Tensor:

@@ -1,0 +1,130 @@
+"""The compiled norms, gate and rope against their definitions in float64, on odd sizes and strided views."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import choose, cpu
+from kernels import rms_norm as norm_definition
+from kernels import rope_kv as rope_definition
+from kernels import silu_mul as gate_definition
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = (1, 2, 7, 70)
+SIZES = (1, 7, 16, 64, 100, 576, 897)
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _threads() -> None:
+    cpu.set_threads(2)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", SIZES)
+def test_norms_equal_float64(rows: int, size: int) -> None:
+    x, residual, w = random(1, rows, size), random(2, rows, size), random(3, size)
+    expected = norm_definition.rms_norm(x.double(), w, 1e-5)
+    torch.testing.assert_close(cpu.rms_norm(x, w, 1e-5).double(), expected, rtol=2e-6, atol=2e-6)
+    y, summed = cpu.add_rms_norm(x, residual.clone(), w, 1e-5)
+    assert torch.equal(summed, x + residual)
+    expected = norm_definition.rms_norm(summed.double(), w, 1e-5)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_norm_of_heads_inside_a_fused_projection() -> None:
+    fused, w = random(4, 9, 8 * 40), random(5, 40)
+    heads = fused[:, 80:240].view(9, 4, 40)
+    y = cpu.rms_norm(heads, w, 1e-6)
+    assert y.shape == heads.shape
+    assert torch.equal(y, cpu.rms_norm(heads.contiguous(), w, 1e-6))
+    torch.testing.assert_close(y.double(), norm_definition.rms_norm(heads.double(), w, 1e-6), rtol=2e-6, atol=2e-6)
+
+
+def test_norm_of_any_layout() -> None:
+    w = random(6, 20)
+    for x in (random(7, 20), random(8, 2, 3, 4, 20), random(9, 20, 5).T, random(10, 3, 20, 5).transpose(1, 2)):
+        torch.testing.assert_close(cpu.rms_norm(x, w, 1e-5), norm_definition.rms_norm(x, w, 1e-5), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_gate_equals_float64(rows: int, size: int) -> None:
+    gate_up = random(11, rows, 2 * size) * 20
+    expected = gate_definition.silu_mul(gate_up.double())
+    torch.testing.assert_close(cpu.silu_mul(gate_up).double(), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_the_gate_of_extreme_numbers() -> None:
+    gate = torch.tensor([[-1e30, -200.0, -88.5, -1.0, 0.0, 88.5, 200.0, 1e30, torch.inf, torch.nan]])
+    y = cpu.silu_mul(torch.cat([gate, torch.ones_like(gate)], 1))
+    torch.testing.assert_close(y, gate_definition.silu_mul(torch.cat([gate, torch.ones_like(gate)], 1)), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (128, 64), (24, 24), (20, 10), (7, 2), (64, 0)], ids=str)
+def test_rope_equals_the_definition_and_fills_the_pages(dims: tuple[int, int], dtype: torch.dtype) -> None:
+    e, rot = dims
+    tokens, heads, kv = 37, 6, 2
+    fused = random(12, tokens, (heads + 2 * kv) * e)
+    angles = random(13, 50, max(rot // 2, 1))
+    cos_sin = torch.cat([angles.cos(), angles.sin()], 1)[:, :rot].contiguous()
+    generator = torch.Generator().manual_seed(14)
+    positions = torch.randint(0, 50, (tokens,), generator=generator)
+    slots = torch.randperm(5 * 16, generator=generator)[:tokens]
+    slots[[3, 36]] = -1
+    written = []
+    for rope in (cpu.rope_kv, rope_definition.rope_kv):
+        x = fused.clone().view(tokens, heads + 2 * kv, e)
+        caches = [torch.full((5, kv, 16, e), 9.0, dtype=dtype) for _ in range(2)]
+        rope(x[:, :heads], x[:, heads : heads + kv], x[:, heads + kv :], cos_sin, positions, slots, *caches)
+        written.append((x, *caches))
+    (x, k, v), (x_expected, k_expected, v_expected) = written
+    torch.testing.assert_close(x[:, :heads], x_expected[:, :heads], rtol=1e-6, atol=1e-6)
+    assert torch.equal(x[:, heads:], fused.view(x.shape)[:, heads:])  # k and v are left as they were
+    assert torch.equal(v, v_expected)
+    exact = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(k, k_expected, **exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_cache_elements_are_rounded_as_torch_rounds_them(dtype: torch.dtype) -> None:
+    """Ties, subnormals, overflow, infinities and NaN among 64 random bit patterns a head."""
+    bits = torch.randint(-(2**31), 2**31, (33, 1, 64), generator=torch.Generator().manual_seed(15)).int()
+    v = bits.view(torch.float32).clone()
+    v[0, 0, :6] = torch.tensor([1.00390625, 1.01171875, 65520.0, 5.9e-8, torch.inf, -torch.inf])
+    cache = [torch.zeros(3, 1, 16, 64, dtype=dtype) for _ in range(2)]
+    zeros, slots = torch.zeros(33, 1, 64), torch.arange(33)
+    cpu.rope_kv(zeros, zeros, v, torch.zeros(1, 64), torch.zeros(33, dtype=torch.int64), slots, *cache)
+    stored, expected = cache[1].transpose(1, 2).reshape(48, 64)[:33], v[:, 0].to(dtype)
+    assert torch.equal(stored.isnan(), expected.isnan())
+    assert torch.equal(stored.nan_to_num(0), expected.nan_to_num(0))
+
+
+def test_a_row_has_the_same_bits_alone_and_in_a_crowd() -> None:
+    x, w = random(16, 70, 897), random(17, 897)
+    assert torch.equal(cpu.rms_norm(x, w, 1e-5)[33:34], cpu.rms_norm(x[33:34], w, 1e-5))
+    gate_up = random(18, 70, 898)
+    assert torch.equal(cpu.silu_mul(gate_up)[33:34], cpu.silu_mul(gate_up[33:34]))
+
+
+def test_no_rows_give_no_rows() -> None:
+    assert cpu.rms_norm(torch.empty(0, 8), torch.ones(8), 1e-5).shape == (0, 8)
+    assert cpu.silu_mul(torch.empty(0, 8)).shape == (0, 4)
+
+
+def test_other_dtypes_are_refused() -> None:
+    half = torch.ones(2, 4, dtype=torch.bfloat16)
+    for call in (lambda: cpu.rms_norm(half, half[0], 1e-5), lambda: cpu.silu_mul(half)):
+        with pytest.raises(ValueError, match="bfloat16"):
+            call()
+
+
+def test_cpu_kernels_are_what_auto_means_on_a_cpu() -> None:
+    kernels = choose("cpu")
+    assert (kernels.name, kernels.paged_attention, kernels.sample) == ("cpu", cpu.paged_attention, cpu.sample)
