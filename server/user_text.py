@@ -1,7 +1,7 @@
 """Keeps what users wrote apart from the template's own text while a chat template is rendered.
 
-Each special token's spelling inside a string of the request becomes one private-use character that occurs nowhere in
-it; so does the first or last character of a string that could complete a spelling together with its neighbour. After
+Each special token's spelling inside a string of the request becomes one rare character that occurs nowhere in it; so
+does the first or last character of a string that could complete a spelling together with its neighbour. After
 rendering these are put back, as user text. Templates see strings that behave the same (one character stands for a
 special token), and requests that spell none are rendered as they are.
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from server.errors import RequestError
 from server.tokenizer import Segment, any_of, is_guarded
 
-PRIVATE_USE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+STAND_INS = range(0x20000, 0x2A6DE)  # CJK Extension B: no case, not white space, and not escaped by repr or JSON
 REASONING_MARKS = frozenset({"<think>", "</think>", "[THINK]", "[/THINK]"})
 NONE: frozenset[str] = frozenset()
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
@@ -28,7 +28,7 @@ Replace = Callable[[str, frozenset[str]], str]  # a string, spellings that stay 
 
 
 class Hidden(NamedTuple):
-    """What the private-use characters of one request stand for."""
+    """What the rare characters in one request stand for."""
 
     originals: Mapping[str, str]
 
@@ -100,8 +100,8 @@ class UserText:
 
 def _unused_characters(texts: Iterable[str]) -> Iterator[str]:
     used = set().union(*map(set, texts))
-    yield from (chr(code) for codes in PRIVATE_USE for code in codes if chr(code) not in used)
-    raise RequestError(400, code="chat_template_error", message="The text uses too many private-use characters.")
+    yield from (chr(code) for code in STAND_INS if chr(code) not in used)
+    raise RequestError(400, code="chat_template_error", message="The text uses too many different characters.")
 
 
 def _mapped(value: Any, replace: Replace, keep: frozenset[str] = NONE, depth: int = 0) -> Any:
