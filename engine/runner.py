@@ -27,6 +27,7 @@ from engine.engine import Engine
 from engine.errors import ConfigError, EngineError
 from engine.logprobs import prompt_logprobs, token_logprobs
 from engine.messages import BLOCK_SIZE, Decision, EngineOptions, Progress, Ready, SamplingParams, Submit
+from engine.model_config import ModelConfig
 from engine.sampler import Sampler, failures, ids_in_vocabulary
 from engine.scheduler import Scheduler, StepPlan, StepResult
 from engine.sequence import Sequence
@@ -258,7 +259,7 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
 
     progress(Progress("warm-up"))
     if kernels.name == "triton":
-        _check_kernels(machine, device)
+        _check_kernels(model_config, config, machine, device)
     if machine.type == "cuda":
         config, measured = _measure_cache(options, config, model, kernels, device, machine)
         decisions = [{d.name: d for d in measured}.get(d.name, d) for d in decisions]
@@ -357,15 +358,33 @@ def _choose_arithmetic(
     ]
 
 
-def _check_kernels(machine: Machine, device: Device) -> None:
-    """Every kernel against its definition on this GPU, if that was not done before. ConfigError names the wrong."""
-    from kernels.selfcheck import selfcheck
+def _check_kernels(model: ModelConfig, config: EngineConfig, machine: Machine, device: Device) -> None:
+    """Every kernel against its definition on this GPU, in this model's sizes, if that was not done before.
 
-    failed = selfcheck(device.torch_device)
-    if failed:
+    ConfigError names those that are wrong: nothing is served with them.
+    """
+    from kernels.selfcheck import Sizes, selfcheck
+
+    wrong = selfcheck(
+        device.torch_device,
+        sizes=Sizes(
+            heads=model.num_heads,
+            kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            rotary=model.head_dim,
+            hidden=model.hidden_size,
+            intermediate=model.intermediate_size,
+            vocab=model.vocab_size,
+            window=max(model.windows),
+            dtype=config.dtype,
+        ),
+    )
+    if wrong:
+        lines = [*wrong[:3], *([f"and {len(wrong) - 3} more"] if len(wrong) > 3 else [])]
         raise ConfigError(
-            f"On {machine.name} these kernels do not give what their definitions give: {', '.join(failed)}.\n"
-            "Nothing is served with them. --kernels torch serves by the definitions: slower, and right."
+            f"On {machine.name} these kernels do not give what their definitions give, so they are not used:\n  "
+            + "\n  ".join(lines)
+            + "\n--kernels torch serves by the definitions: slower, and right."
         )
 
 

@@ -16,10 +16,11 @@ from engine.config import Machine, block_bytes, resolve
 from engine.device import CpuDevice
 from engine.errors import ConfigError
 from engine.messages import BLOCK_SIZE, EngineOptions, Progress, Stats
+from engine.model_config import read_model_config
 from engine.runner import heaviest_step, load_engine
-from kernels import choose
+from kernels import choose, selfcheck
 from tests.engine.crowd import make_engine, make_runner, run, submit
-from tests.engine.tiny import make_checkpoint
+from tests.engine.tiny import make_checkpoint, random_config
 
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -116,6 +117,29 @@ def test_one_pool_of_threads_does_the_arithmetic(folder: Path) -> None:
         assert {d.name: d.value for d in ready.decisions}["threads"] == "1"
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_wrong", [0, 1, 5])
+def test_kernels_that_fail_on_a_gpu_are_named_and_not_used(num_wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = read_model_config(random_config("MistralForCausalLM", 1, sliding_window=24))
+    gpu = Machine("cuda:0", "Test GPU", 2**36, 2, True, "asked for")
+    config, _ = resolve(EngineOptions(model_dir="m"), model, 10**6, "float16", gpu)
+    checked: list[Any] = []
+
+    def found(device: torch.device, *, sizes: selfcheck.Sizes) -> list[str]:
+        checked.append(sizes)
+        return [f"kernel{i} (error 9, allowed 0.03)" for i in range(num_wrong)]
+
+    monkeypatch.setattr(selfcheck, "selfcheck", found)
+    if num_wrong:
+        with pytest.raises(ConfigError, match=r"(?s)Test GPU.*kernel0 \(error 9.*--kernels torch") as caught:
+            running._check_kernels(model, config, gpu, CpuDevice())
+        assert len(str(caught.value).splitlines()) <= 6
+    else:
+        running._check_kernels(model, config, gpu, CpuDevice())
+    (sizes,) = checked
+    assert (sizes.heads, sizes.kv_heads, sizes.head_dim) == (model.num_heads, model.num_kv_heads, model.head_dim)
+    assert (sizes.window, sizes.dtype, sizes.vocab) == (24, "float16", model.vocab_size)
 
 
 class RecordingDevice(CpuDevice):

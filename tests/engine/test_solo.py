@@ -16,7 +16,7 @@ from engine.sequence import Sequence
 from tests.engine.crowd import Answer, make_engine, make_runner, run
 from tests.engine.tiny import make_checkpoint
 
-NUM_BLOCKS = 12
+NUM_BLOCKS = 10
 V = 280
 
 
@@ -45,7 +45,7 @@ def options(rng: random.Random, prompt: list[int]) -> dict[str, Any]:
         "prompt_logprobs": lambda: rng.randint(0, 3),
     }
     given = {name: draw() for name, draw in menu.items() if rng.random() < 0.3}
-    return {"max_tokens": rng.randint(4, 48), "seed": rng.randrange(2**63), **given}
+    return {"max_tokens": rng.randint(16, 48), "seed": rng.randrange(2**63), **given}
 
 
 def requests(rng: random.Random, count: int) -> list[Submit]:
@@ -116,7 +116,7 @@ def test_many_different_requests_in_a_tiny_cache_each_get_their_solo_answer(
     folder = make_checkpoint(tmp_path / "model", "Qwen3ForCausalLM", seed % 1000, vocab_size=V, num_hidden_layers=2)
     runner = make_runner(folder, kernels)
     submits = requests(rng, count)
-    engine = make_engine(runner, num_blocks=NUM_BLOCKS, max_batch_tokens=48, max_sequences=12)
+    engine = make_engine(runner, num_blocks=NUM_BLOCKS, max_batch_tokens=96, max_sequences=16)
     crowd, sequences = together(engine, submits, rng)
 
     preempted = sum(seq.preemptions > 0 for seq in sequences)
