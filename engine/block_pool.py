@@ -123,6 +123,14 @@ class BlockPool:
                 if block.digest is None:  # nobody can find it: use it before any that is worth keeping
                     self.free.move_to_end(block_id, last=False)
 
+    def hide(self, table: list[int]) -> None:
+        """Let nobody find these blocks any more: what a failed sequence computed is not to be trusted."""
+        for block_id in table:
+            block = self.blocks[block_id]
+            if block.digest is not None:
+                del self.findable[block.digest]
+                block.digest = None
+
     def rebuild(self, tables: Iterable[list[int]]) -> None:
         """Make the books agree with these tables, whatever happened before. For use after a fault."""
         held = Counter(block_id for table in tables for block_id in table)

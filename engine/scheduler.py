@@ -136,6 +136,7 @@ class Scheduler:
         """End a sequence with an error its client hears of."""
         if seq.status is not Status.FINISHED:
             self.deltas.append(Delta(seq.id, finish="error", error=code))
+            self.pool.hide(seq.blocks)
             self.finish(seq)
 
     def take_deltas(self) -> list[Delta]:

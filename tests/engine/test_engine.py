@@ -207,6 +207,31 @@ def test_a_failed_row_costs_itself_alone() -> None:
     stage.assert_clean()
 
 
+def test_nobody_finds_what_a_failed_sequence_computed() -> None:
+    """NaN in a cached block would otherwise fail every later request with that prefix."""
+    stage = Stage()
+    prompt = stage.random_ids(40)
+    failing = stage.ask(prompt)
+    original = stage.runner.run
+
+    def run(plan: StepPlan) -> StepResult:
+        result = original(plan)
+        if failing in plan.num_tokens and failing.num_output == 2:
+            result.failed[failing] = "model_produced_nan"
+        return result
+
+    stage.runner.run = run  # type: ignore[method-assign]
+    stage.run()
+    assert outcome(stage, failing) == (["error"], "model_produced_nan")
+    later = stage.ask(prompt)
+    stage.run().assert_solo(later)
+    assert stage.heard[later.id].cached == 0
+    again = stage.ask(prompt)
+    stage.run()
+    assert stage.heard[again.id].cached == 32
+    stage.assert_clean()
+
+
 @pytest.mark.parametrize("token", [-1, 997, 5279552648203111001, None])
 def test_a_drawn_id_outside_the_vocabulary_fails_its_sequence_alone(token: int | None) -> None:
     stage = Stage()
