@@ -1,0 +1,205 @@
+"""The whole promise in a minute: the real command, the real default model, real clients."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch
+from openai import OpenAI
+
+ROOT = Path(__file__).parent.parent
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+STORY = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 48}
+
+
+class Served:
+    """`penstock serve` as a child process, and how to reach it; killed on the way out."""
+
+    def __init__(self, folder: Path, log: Path, *options: str) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "server",
+            "serve",
+            str(folder),
+            "--port",
+            "0",
+            "--log-format",
+            "text",
+            *options,
+        ]
+        environment = os.environ | {"PENSTOCK_KV_CACHE_BYTES": "256MiB"}
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr)
+        while "listening on" not in (said := log.read_text()):
+            assert self.process.poll() is None, said
+            time.sleep(0.01)
+        self.url = said.split("listening on ")[1].split(";")[0]
+        self.alive_at_once = httpx.get(f"{self.url}/health").status_code
+        self.ready_at_once = httpx.get(f"{self.url}/ready")
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def wait(self) -> None:
+        """Until /ready says 200."""
+        deadline = time.monotonic() + 240
+        while httpx.get(f"{self.url}/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            assert self.process.poll() is None
+            time.sleep(0.1)
+
+    def engine(self) -> psutil.Process:
+        """The engine process."""
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if "engine.worker" in " ".join(child.cmdline()))
+
+
+@pytest.fixture(scope="module")
+def served(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log = tmp_path_factory.mktemp("served") / "log"
+    with Served(smollm2_dir, log, "--served-model-name", "SmolLM2-135M-Instruct") as server:
+        server.wait()
+        yield server
+
+
+def client_of(served: Served) -> OpenAI:
+    return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+def test_http_is_up_before_the_weights(served: Served) -> None:
+    assert served.alive_at_once == 200
+    assert served.ready_at_once.status_code == 503
+
+
+def test_the_default_model_knows_the_capital_of_france(served: Served) -> None:
+    client = client_of(served)
+    whole = client.chat.completions.create(model="SmolLM2-135M-Instruct", messages=QUESTION, temperature=0)
+    assert "Paris" in (whole.choices[0].message.content or "")
+    assert whole.choices[0].finish_reason == "stop"
+    stream = client.chat.completions.create(
+        model="SmolLM2-135M-Instruct", messages=QUESTION, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
+
+
+def test_prompt_logprobs_over_http_equal_transformers(served: Served, smollm2_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = "Water boils at one hundred degrees, as every cook in Paris knows; Привет, 世界! 12345"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(ids).logits[0].float().log_softmax(-1)
+    wanted = logits[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    body = {
+        "model": "SmolLM2-135M-Instruct",
+        "prompt": text,
+        "echo": True,
+        "max_tokens": 1,
+        "logprobs": 0,
+        "temperature": 0,
+    }
+    answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=120).json()
+    got = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(ids[0])]
+    # Our cache holds bfloat16, as the checkpoint does; the reference computes in float32 throughout.
+    assert torch.allclose(torch.tensor(got), wanted, atol=0.05)
+    assert (torch.tensor(got) - wanted).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "seed": 11, "top_p": 0.95}])
+def test_an_engine_killed_in_mid_answer_loses_not_one_token(served: Served, sampling: dict[str, float]) -> None:
+    client = client_of(served)
+    ask = {"model": "SmolLM2-135M-Instruct", **STORY, **sampling}
+    undisturbed = client.chat.completions.create(**ask).choices[0].message.content
+    pieces = []
+    for number, chunk in enumerate(client.chat.completions.create(**ask, stream=True)):
+        pieces.append(chunk.choices[0].delta.content or "")
+        if number == 8:
+            served.engine().kill()
+    assert "".join(pieces) == undisturbed
+    served.wait()
+
+
+def test_a_client_that_leaves_frees_its_blocks(served: Served) -> None:
+    body = {"model": "SmolLM2-135M-Instruct", **STORY, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60) as response:
+        next(response.iter_lines())
+    deadline = time.monotonic() + 20
+    while "kv_cache_usage_perc" in (text := httpx.get(f"{served.url}/metrics").text):
+        gauges = [line for line in text.splitlines() if "kv_cache_usage_perc{" in line or "_running{" in line]
+        if all(line.endswith(" 0.0") for line in gauges):
+            break
+        assert time.monotonic() < deadline, gauges
+        time.sleep(0.1)
+
+
+def test_sigterm_drains_and_exits_with_zero(smollm2_dir: Path, tmp_path: Path) -> None:
+    with Served(smollm2_dir, tmp_path / "log") as server:
+        server.wait()
+        engine = server.engine()
+        body = {"model": smollm2_dir.name, **STORY, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            assert httpx.get(f"{server.url}/ready").status_code == 503
+            rest = list(lines)
+        assert rest[-2] == "data: [DONE]"
+        assert server.process.wait(30) == 0
+        assert not engine.is_running()
+
+
+def test_the_engine_never_outlives_a_killed_server(smollm2_dir: Path, tmp_path: Path) -> None:
+    with Served(smollm2_dir, tmp_path / "log") as server:
+        server.wait()
+        engine = server.engine()
+        server.process.kill()
+        server.process.wait()
+        engine.wait(5)
+        assert not engine.is_running()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "told"),
+    [
+        ({"config.json": '{"architectures": ["MambaForCausalLM"]}'}, "MambaForCausalLM"),
+        ({"config.json": '{"architectures": ["LlamaForCausalLM"]}', "pytorch_model.bin": "x"}, "safetensors"),
+        ({}, "config.json"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_six_lines(tmp_path: Path, prepare: dict[str, str], told: str) -> None:
+    for name, text in prepare.items():
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-m", "server", "serve", str(tmp_path), "--port", "0", "--log-format", "text"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    said = done.stderr[done.stderr.index("penstock: ") :]
+    assert told in said
+    assert "Traceback" not in done.stderr
+    assert len(said.strip().splitlines()) <= 6
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(served: Served, smollm2_dir: Path) -> None:
+    port = served.url.rsplit(":", 1)[1]
+    command = [sys.executable, "-m", "server", "serve", str(smollm2_dir), "--port", port]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f":{port} cannot be used" in done.stderr
+    assert len(done.stderr.splitlines()) <= 3
