@@ -14,7 +14,7 @@ from engine.messages import SamplingParams
 from tests.engine.tiny import make_checkpoint
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=1)
-OPTIONS = {"device": "cpu", "kernels": "torch", "threads": 1, "kv_cache_bytes": 4 << 20, "dtype": "float32"}
+OPTIONS = {"device": "cpu", "threads": 1, "kv_cache_bytes": 4 << 20, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
