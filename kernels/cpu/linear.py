@@ -19,101 +19,84 @@ from kernels.cpu.threads import compile_task, describe, pool, run, scratch, word
 from kernels.cpu.tile import MAX_ROWS, PANELS, dot_tile_packed
 from kernels.linear import DTYPES
 
-K_BLOCK = 256  # features summed in registers before they join y: a panel's share (8 KiB in bf16) stays in the L1 cache
-ROW_TILES = 21  # tiles in one task: 126 rows of a K block are 252 KiB, half of an L2 cache
+K_BLOCK = 512  # features at most summed in registers before they join y: a tile's share of w and x fills the L1 cache
+ROW_TILES = 21  # tiles in one task: 126 rows of a block of x are 252 KiB, half of an L2 cache
 COPIED_ROWS = 16  # from more rows on, x is copied tile by tile so that a tile reads it in sequence
-TASK_BYTES = 1 << 18
+TASK_BYTES, TASK_PANELS = 1 << 18, 16  # a task's weights at least, if that gives each thread a few; at most
 
 # words of a call's description
-X, X_ROW, W, BIAS, Y, ROWS, COLUMNS, FEATURES, TILES, PER_TASK, PACKED = range(11)
-
+X, X_ROW, W, BIAS, Y, ROWS, COLUMNS, FEATURES, TILES, ROW_TASKS, PER_TASK, PACKED = range(12)
+FORM = "12q"
 
 _ragged_buffer = stack(MAX_ROWS * WIDTH // 2)
 
 
+@njit(forceinline=True)
+def _k_block(features: int) -> int:
+    """Into how long blocks K is cut: evenly, and by nothing but K."""
+    return (features + (features + K_BLOCK - 1) // K_BLOCK - 1) // max(1, (features + K_BLOCK - 1) // K_BLOCK)
+
+
+@njit(forceinline=True)
+def _rows_of(call: int, tile: int) -> tuple[int, int]:
+    """The first row of a tile and their number: the rows are dealt out evenly, the larger tiles first."""
+    rows, tiles = word(call, ROWS), word(call, TILES)
+    each = rows // tiles
+    larger = rows - each * tiles
+    return tile * each + min(tile, larger), each + (tile < larger)
+
+
 def _share(kind: Any, element: int) -> Any:
-    """The task of one index for weights of one kind: PER_TASK panels times ROW_TILES tiles, all of K."""
+    """The task of one index for weights of one kind: PER_TASK panels times its share of the tiles, all of K."""
 
     def share(call: int, index: int, thread: int) -> None:
         features, columns, tiles = word(call, FEATURES), word(call, COLUMNS), word(call, TILES)
-        rows, per_task = word(call, ROWS), word(call, PER_TASK)
-        row_tasks = (tiles + ROW_TILES - 1) // ROW_TILES
-        first_tile = index % row_tasks * ROW_TILES
-        last_tile = min(tiles, first_tile + ROW_TILES)
+        row_tasks, per_task = word(call, ROW_TASKS), word(call, PER_TASK)
+        first_tile = index % row_tasks * tiles // row_tasks
+        last_tile = (index % row_tasks + 1) * tiles // row_tasks
         panel = index // row_tasks * per_task
         last = min((columns + WIDTH - 1) // WIDTH, panel + per_task)
-        full = min(last, columns // WIDTH)  # the panels that the columns fill
+        block = _k_block(features)
         if tiles == 1:  # few rows: the weights are read in sequence
-            while panel < full:
-                n = PANELS[rows] if panel + PANELS[rows] <= full else 1
-                for k in range(0, features, K_BLOCK):
-                    _tile(kind, element, call, 0, panel, n, k)
+            rows, whole = word(call, ROWS), columns // WIDTH  # panels that the columns fill
+            while panel < last:
+                n = PANELS[rows] if panel + PANELS[rows] <= min(last, whole) else 1
+                for k in range(0, features, block):
+                    _tile(kind, element, call, 0, rows, panel, n, k, min(block, features - k))
                 panel += n
         else:  # many rows: a block of x is used for all panels before the next
-            for k in range(0, features, K_BLOCK):
-                for p in range(panel, full):
+            for k in range(0, features, block):
+                for p in range(panel, last):
                     for t in range(first_tile, last_tile):
-                        _tile(kind, element, call, t, p, 1, k)
-        if last > full:
-            for t in range(first_tile, last_tile):
-                for k in range(0, features, K_BLOCK):
-                    _ragged_tile(kind, element, call, t, full, k)
+                        row, rows = _rows_of(call, t)
+                        _tile(kind, element, call, row, rows, p, 1, k, min(block, features - k))
 
     return share
 
 
-@njit(forceinline=True)
-def _input(call: int, row: int, rows: int, k: int) -> tuple[int, int, int]:
-    """Where a tile's first number is, and the steps to the next row and the next feature."""
-    if word(call, PACKED) != 0:
-        return word(call, PACKED) + 4 * (row * word(call, FEATURES) + k * rows), 4, 4 * rows
-    return word(call, X) + row * word(call, X_ROW) + 4 * k, word(call, X_ROW), 4
-
-
 @njit
-def _tile(kind: Any, element: int, call: int, tile: int, panel: int, panels: int, k: int) -> None:
-    """One tile of `panels` whole panels over the block of K that begins at k."""
-    features, y_row = word(call, FEATURES), 4 * word(call, COLUMNS)
-    row, rows = _rows_of(call, tile)
-    x, x_row, x_step = _input(call, row, rows, k)
-    step = WIDTH * element
+def _tile(
+    kind: Any, element: int, call: int, row: int, rows: int, panel: int, panels: int, k: int, length: int
+) -> None:
+    """A tile of some panels over `length` features from k on; through a buffer where columns do not fill a panel."""
+    features, y_row, step = word(call, FEATURES), 4 * word(call, COLUMNS), WIDTH * element
+    x, x_row, x_step = word(call, X) + row * word(call, X_ROW) + 4 * k, word(call, X_ROW), 4
+    if word(call, PACKED) != 0:
+        x, x_row, x_step = word(call, PACKED) + 4 * (row * features + k * rows), 4, 4 * rows
     w = word(call, W) + (panel * features + k) * step
     y = word(call, Y) + row * y_row + panel * WIDTH * 4
     start, start_row = y, y_row
     if k == 0:
         start, start_row = word(call, BIAS), 0
         start += panel * WIDTH * 4 if start != 0 else 0
-    length = min(K_BLOCK, features - k)
-    dot_tile_packed(kind, rows, panels, x, x_row, x_step, w, step, features * step, length, start, start_row, y, y_row)
-
-
-@njit
-def _ragged_tile(kind: Any, element: int, call: int, tile: int, panel: int, k: int) -> None:
-    """The same for the last panel, which the columns fill only in part: through a buffer."""
-    features, y_row = word(call, FEATURES), 4 * word(call, COLUMNS)
-    row, rows = _rows_of(call, tile)
-    x, x_row, x_step = _input(call, row, rows, k)
-    w = word(call, W) + (panel * features + k) * WIDTH * element
-    y = word(call, Y) + row * y_row + panel * WIDTH * 4
-    start, start_row = y, y_row
-    if k == 0:
-        start, start_row = word(call, BIAS), 0
-        start += panel * WIDTH * 4 if start != 0 else 0
-    buffer = _ragged_buffer()
-    length = min(K_BLOCK, features - k)
-    dot_tile_packed(kind, rows, 1, x, x_row, x_step, w, WIDTH * element, 0, length, 0, 0, buffer, WIDTH * 4)
-    for m in range(rows):
-        for c in range(word(call, COLUMNS) - panel * WIDTH):
-            before = get(F32, start + m * start_row + 4 * c) if start != 0 else F32
-            put(F32, y + m * y_row + 4 * c, before + get(F32, buffer + 4 * (m * WIDTH + c)))
-
-
-@njit(forceinline=True)
-def _rows_of(call: int, tile: int) -> tuple[int, int]:
-    """The first row of a tile and their number: the rows are dealt out evenly."""
-    rows, tiles = word(call, ROWS), word(call, TILES)
-    first = tile * rows // tiles
-    return first, (tile + 1) * rows // tiles - first
+    left = word(call, COLUMNS) - panel * WIDTH
+    to, to_row, onto = (y, y_row, start) if left >= WIDTH else (_ragged_buffer(), WIDTH * 4, 0)
+    dot_tile_packed(kind, rows, panels, x, x_row, x_step, w, step, features * step, length, onto, start_row, to, to_row)
+    if left < WIDTH:
+        for m in range(rows):
+            for c in range(left):
+                before = get(F32, start + m * start_row + 4 * c) if start != 0 else F32
+                put(F32, y + m * y_row + 4 * c, before + get(F32, to + m * to_row + 4 * c))
 
 
 def _pack_rows(call: int, index: int, thread: int) -> None:
@@ -172,7 +155,7 @@ def lane(column: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pack(dtype: torch.dtype, weights: int, packed: int, columns: int, features: int) -> None:
     """Copies row-major weights [columns, features] into panels [panels, features, WIDTH], zeroed before."""
-    call = describe("11q", weights, 0, 0, 0, 0, 0, columns, features, 0, 0, packed)
+    call = describe(FORM, weights, 0, 0, 0, 0, 0, columns, features, 0, 0, 0, packed)
     run(tasks(dtype)[2], call, panels(columns))
 
 
@@ -184,12 +167,13 @@ def linear(
     Addresses; x_row in bytes; bias may be 0.
     """
     copied = scratch(4 * rows * features) if rows > COPIED_ROWS else 0
-    panel_bytes = features * WIDTH * dtype.itemsize
-    fair = panels(columns) // (4 * pool().threads)  # panels a task, if each thread had four tasks
-    per_task = max(4, min(TASK_BYTES // max(panel_bytes, 1), fair) // 4 * 4)
     tiles = -(-rows // MAX_ROWS)
-    call = describe("11q", x, x_row, w, bias, y, rows, columns, features, tiles, per_task, copied)
+    row_tasks = max(1, -(-tiles // ROW_TILES))
+    fair = panels(columns) * row_tasks // (4 * pool().threads)  # panels a task, if each thread had four tasks
+    most = TASK_PANELS if tiles > 1 else TASK_BYTES // max(1, features * WIDTH * dtype.itemsize)
+    per_task = max(4, min(most, fair) // 4 * 4)
+    call = describe(FORM, x, x_row, w, bias, y, rows, columns, features, tiles, row_tasks, per_task, copied)
     product, copy, _ = tasks(dtype)
     if copied:
         run(copy, call, tiles)
-    run(product, call, -(-tiles // ROW_TILES) * -(-panels(columns) // per_task))
+    run(product, call, row_tasks * -(-panels(columns) // per_task) if rows else 0)

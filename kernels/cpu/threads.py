@@ -257,13 +257,12 @@ if hasattr(os, "register_at_fork"):
 # --- tasks and calls
 
 
-@njit(forceinline=True)
-def word(call: int, n: int) -> int:
-    """The n-th int64 of a call's description."""
-    value: int = get_i64(call + 8 * n)
-    return value
+def _emit_word(builder: Any, call: Any, n: Any) -> Any:
+    address = builder.add(call, builder.mul(n, ir.Constant(I64, 8)))
+    return builder.load(pointer(builder, address, I64), align=8)
 
 
+word = op2(types.int64, types.int64, types.int64, _emit_word)  # the n-th int64 of a call's description
 _tasks: list[Any] = []  # a task's code lives as long as its object
 
 
