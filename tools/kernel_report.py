@@ -65,8 +65,7 @@ class Case:
     kernel: str  # module.function within kernels
     shape: str
     constants: dict[str, Any] = field(hash=False)
-    warps: int
-    stages: int = 3
+    options: dict[str, int] = field(hash=False)
     dtype: str = "bf16"
     kv_bytes: int = 0  # of one step of the key loop, where memory bounds it
 
@@ -131,14 +130,14 @@ def attention_cases(
         shape = " ".join((length, f"E{head_dim}", f"G{group}", *extras, f"{tile.rows}x{tile.keys}"))
         constants = attention.constants(head_dim, group, 16, tile, short, window, soft_cap, sinks)
         kv_bytes = 2 * item_bytes * tile.keys * head_dim if short else 0
-        yield Case(target, "attention", shape, constants, tile.warps, tile.stages, dtype, kv_bytes)
+        yield Case(target, "attention", shape, constants, tile.options(), dtype, kv_bytes)
 
 
 def combine_case(target: str, head_dim: int, group: int) -> Case:
     """The second stage of a split context."""
     tile = plan.tile(target, head_dim, group, 2, short=True)
     constants = attention.combine_constants(head_dim, group, tile, True, False)
-    return Case(target, "combine", f"E{head_dim} G{group}", constants, attention.COMBINE_WARPS)
+    return Case(target, "combine", f"E{head_dim} G{group}", constants, {"num_warps": attention.COMBINE_WARPS})
 
 
 def small_cases(target: str, quick: bool) -> Iterable[Case]:
@@ -150,13 +149,14 @@ def small_cases(target: str, quick: bool) -> Iterable[Case]:
     for width, inner, add in norms[:1] if quick else norms:
         constants = rms_norm.constants(width, inner, add=add)
         yield Case(target, "rms_norm", f"D{width} add" if add else f"E{width} H{inner}", *_split_options(constants))
-    yield Case(target, "silu_mul", "I14336", {"WIDTH": 14336, "BLOCK": silu_mul.BLOCK}, 4)
-    yield Case(target, "sample", "", {"BLOCK": sample.BLOCK}, sample.WARPS)
+    yield Case(target, "silu_mul", "I14336", {"WIDTH": 14336, "BLOCK": silu_mul.BLOCK}, {"num_warps": 4})
+    yield Case(target, "sample", "", {"BLOCK": sample.BLOCK}, {"num_warps": sample.WARPS})
 
 
-def _split_options(constants: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """(compile-time constants, warps)."""
-    return {name: value for name, value in constants.items() if name != "num_warps"}, constants["num_warps"]
+def _split_options(constants: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """(compile-time constants, launch options)."""
+    warps = {"num_warps": constants["num_warps"]}
+    return {name: value for name, value in constants.items() if name not in warps}, warps
 
 
 def compile_case(case: Case) -> Any:
@@ -173,8 +173,7 @@ def compile_case(case: Case) -> Any:
         if not parameter.do_not_specialize and name not in FLOATS:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=case.constants, attrs=attributes)
-    options = {"num_warps": case.warps, "num_stages": case.stages, **OPTIONS}
-    return triton.compile(source, target=TARGETS[case.target], options=options)
+    return triton.compile(source, target=TARGETS[case.target], options={**case.options, **OPTIONS})
 
 
 def figures(case: Case) -> Figures:
@@ -194,16 +193,16 @@ def _nvidia_figures(case: Case, compiled: Any) -> Figures:
     loads = re.findall(r"\b(LDG|LDGSTS|UTMALDG)\.(\S+)", sass)
     widths = [16 if ".128" in f".{kind}" else 8 if ".64" in f".{kind}" else 4 for _, kind in loads]
     spilled = use["STACK"] + use["LOCAL"] + len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    by_registers = 65536 // (max(1, -(-use["REG"] // 8) * 8) * 32 * case.warps)
+    by_registers = 65536 // (max(1, -(-use["REG"] // 8) * 8) * 32 * case.options["num_warps"])
     by_shared = SHARED_BYTES[case.target] // (shared + 1024)
     return Figures(
         registers=use["REG"],
         spilled=spilled,
         shared=shared,
-        programs_per_sm=min(by_registers, by_shared, 2048 // (32 * case.warps)),
+        programs_per_sm=min(by_registers, by_shared, 2048 // (32 * case.options["num_warps"])),
         mma=_count(r"\b(HMMA|HGMMA|IMMA|UTC\w*MMA)\b", sass),
         wide=sum(w for w in widths if w == 16) / max(1, sum(widths)),
-        per_kv_byte=_loop_instructions(sass) * case.warps / case.kv_bytes if case.kv_bytes else None,
+        per_kv_byte=_loop_instructions(sass) * case.options["num_warps"] / case.kv_bytes if case.kv_bytes else None,
     )
 
 
@@ -231,13 +230,13 @@ def _amd_figures(case: Case, compiled: Any) -> Figures:
     shared = compiled.metadata.shared
     loads = re.findall(r"\b(?:global|buffer)_load_(?:lds_)?(\w+)", text)
     widths = [{"dwordx4": 16, "dwordx3": 12, "dwordx2": 8}.get(kind, 4) for kind in loads]
-    by_registers = 4 * (512 // (max(1, -(-use["vgpr_count"] // 8) * 8))) // case.warps
+    by_registers = 4 * (512 // (max(1, -(-use["vgpr_count"] // 8) * 8))) // case.options["num_warps"]
     by_shared = SHARED_BYTES[case.target] // max(1, shared)
     return Figures(
         registers=use["vgpr_count"],
         spilled=use["vgpr_spill_count"] * 4 + use["private_segment_fixed_size"],
         shared=shared,
-        programs_per_sm=min(by_registers, by_shared, 32 // case.warps),
+        programs_per_sm=min(by_registers, by_shared, 32 // case.options["num_warps"]),
         mma=_count(r"\bv_(mfma)_", text),
         wide=sum(w for w in widths if w == 16) / max(1, sum(widths)),
         per_kv_byte=None,
@@ -267,7 +266,7 @@ def row(case: Case, found: Figures) -> str:
     mma = ", ".join(f"{count} {kind}" for kind, count in found.mma.items()) or "-"
     cost = "-" if found.per_kv_byte is None else f"{found.per_kv_byte:.3f}"
     cells = (
-        case.kernel, case.shape, case.warps, found.registers, found.spilled, found.shared, found.programs_per_sm,
+        case.kernel, case.shape, case.options["num_warps"], found.registers, found.spilled, found.shared, found.programs_per_sm,
         mma, f"{found.wide:.0%}", cost,
     )  # fmt: skip
     return "| " + " | ".join(str(cell) for cell in cells) + " |"

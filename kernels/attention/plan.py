@@ -5,7 +5,7 @@ Pure arithmetic on sizes, so that every choice can be tested and compiled withou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_SPLITS = 64  # parts of one context; the second stage holds one value per part and feature in registers
 MIN_SPLIT_TOKENS = 256  # a part shorter than this costs more in the second stage than it saves
@@ -21,15 +21,21 @@ class Tile:
     keys: int
     warps: int
     stages: int
+    registers: int = 0  # the most a thread may take; 0 lets ptxas guess, which at times ends in a needless spill
+
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 # target -> padded head size -> tile. Found by compiling (docs/kernels.md): the largest that do not spill.
 # "short": sequences with few new tokens (decode); bound by memory, so what counts is bytes in flight.
 # "long": prefill chunks; bound by the tensor cores, so rows are as many as registers allow.
 SHORT: dict[str, dict[int, Tile]] = {
-    "sm_80": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
-    "sm_90": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
-    "sm_100": {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
+    "sm_80": {64: Tile(16, 128, 4, 3, 128), 128: Tile(16, 64, 4, 3, 128), 256: Tile(16, 32, 4, 3, 168)},
+    "sm_90": {64: Tile(16, 128, 4, 3, 128), 128: Tile(16, 64, 4, 3, 128), 256: Tile(16, 32, 4, 3, 168)},
+    "sm_100": {64: Tile(16, 128, 4, 3, 128), 128: Tile(16, 64, 4, 3, 128), 256: Tile(16, 32, 4, 3, 168)},
     "gfx942": {64: Tile(16, 64, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 32, 4, 1)},
 }
 LONG: dict[str, dict[int, Tile]] = {
@@ -59,7 +65,7 @@ def tile(target: str, head_dim: int, group: int, item_bytes: int, *, short: bool
     sizes = (SHORT if short else LONG)[target]
     chosen = FLOAT32 if item_bytes == 4 else sizes[min(256, max(64, padded_head_dim(head_dim)))]
     rows = max(chosen.rows, 1 << (group - 1).bit_length())  # one query's whole group must fit
-    return Tile(rows, chosen.keys, chosen.warps, chosen.stages)
+    return replace(chosen, rows=rows)
 
 
 @dataclass(frozen=True)

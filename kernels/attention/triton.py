@@ -299,7 +299,7 @@ def _launch(
         out, parts, part_peaks, q, k, v, query_start, seq_lens, block_tables, sinks_or_any,
         scale, cap, window, *who, q.stride(0), k.stride(0), k.stride(1), block_tables.stride(0),
         **constants(head_dim, group, page, tile, launch.short, window > 0, cap > 0, sinks is not None),
-        num_warps=tile.warps, num_stages=tile.stages, **OPTIONS,
+        **tile.options(), **OPTIONS,
     )  # fmt: skip
     if num_splits > 1:
         _combine[(launch.tiles, kv_heads, tile.rows)](
