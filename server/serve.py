@@ -183,7 +183,8 @@ async def _load(state: ServerState, url: str, began: float) -> Supervisor | None
         supervisor.start()
         state.info = read_model_info(located.folder, settings.generation_config)
         tokenizer = await asyncio.to_thread(load_tokenizer, located.folder)
-        templates = ChatTemplates.load(located.folder, settings.chat_template)
+        templates = await asyncio.to_thread(ChatTemplates.load, located.folder, settings.chat_template)
+        await templates.start()
         if await client.settled() != "ready" or client.ready is None:
             raise SourceError(client.failure.message if client.failure else "The engine process died while it loaded.")
         await _first_token(state)
