@@ -123,23 +123,23 @@ def _product(rows: int, columns: int, x: int, x_row: int, w: int, step: int, pan
 
 
 @njit
-def _softmax_row(call: int, scores: int, sums: int, output: int, d: int, low: int, high: int) -> None:
+def _softmax_row(call: int, scores: int, sums: int, output: int, d: int, columns: int, low: int, high: int) -> None:
     """Turns a row's scores of one tile into weights, seen from `low` to `high`, and scales what came before."""
     cap = get(F32, call + 8 * FLOATS + 4)
     best = spread(get(F32, sums))
-    for j in range(0, KEYS, WIDTH):
+    for j in range(0, columns, WIDTH):
         s = load(F32, scores + 4 * j)
         if cap != 0:
             t = exp(mul(s, spread(2 / cap)))  # cap * tanh(s / cap) = cap - 2 cap / (exp(2 s / cap) + 1)
             s = sub(spread(cap), div(spread(2 * cap), add(t, spread(1.0))))
-        if low > 0 or high < KEYS:
+        if low > j or high < j + WIDTH:
             s = keep(s, low - j, high - j)
         store(F32, scores + 4 * j, s)
         best = larger(s, best)
     peak = largest(best)
     decay = first(exp(spread(get(F32, sums) - peak)))
     mass = spread(F32)
-    for j in range(0, KEYS, WIDTH):
+    for j in range(0, columns, WIDTH):
         p = exp(sub(load(F32, scores + 4 * j), spread(peak)))
         store(F32, scores + 4 * j, p)
         mass = add(mass, p)
@@ -157,10 +157,14 @@ def _begin(call: int, token: int, head: int, queries: int, group: int, d: int, m
     output, _, sums, _, _, _ = _layout(call)
     e = word(call, HEAD_DIM)
     scale = get(F32, call + 8 * FLOATS)
+    whole = e // WIDTH * WIDTH
     for r in range(queries * group):
         source = word(call, Q) + (token + r // group) * word(call, Q_ROW) + 4 * (head * group + r % group) * e
-        for f in range(e):
-            put(F32, memory + 4 * (r * d + f), get(F32, source + 4 * f) * scale)
+        to = memory + 4 * r * d
+        for f in range(0, whole, WIDTH):
+            store(F32, to + 4 * f, mul(load(F32, source + 4 * f), spread(scale)))
+        for f in range(whole, e):
+            put(F32, to + 4 * f, get(F32, source + 4 * f) * scale)
         for f in range(0, d, WIDTH):
             store(F32, memory + output + 4 * (r * d + f), spread(F32))
         put(F32, memory + sums + 8 * r * WIDTH, UNSEEN)
@@ -172,6 +176,7 @@ def _finish(call: int, token: int, head: int, queries: int, group: int, d: int, 
     """Divides by the sums and writes the rows out; a row that saw nothing is zero."""
     output, _, sums, _, _, _ = _layout(call)
     e, heads, sinks = word(call, HEAD_DIM), word(call, HEADS), word(call, SINKS)
+    whole = e // WIDTH * WIDTH
     for r in range(queries * group):
         h = head * group + r % group
         peak = get(F32, memory + sums + 8 * r * WIDTH)
@@ -184,9 +189,12 @@ def _finish(call: int, token: int, head: int, queries: int, group: int, d: int, 
                 top = max(sink, peak)
                 shrunk = first(exp(spread(peak - top)))
                 factor = shrunk / (mass * shrunk + first(exp(spread(sink - top))))
+        source = memory + output + 4 * r * d
         to = word(call, OUT) + 4 * ((token + r // group) * heads + h) * e
-        for f in range(e):
-            put(F32, to + 4 * f, get(F32, memory + output + 4 * (r * d + f)) * factor)
+        for f in range(0, whole, WIDTH):
+            store(F32, to + 4 * f, mul(load(F32, source + 4 * f), spread(factor)))
+        for f in range(whole, e):
+            put(F32, to + 4 * f, get(F32, source + 4 * f) * factor)
 
 
 def _attend(kind: Any, element: int) -> Any:
@@ -213,6 +221,7 @@ def _attend(kind: Any, element: int) -> Any:
         begin = max(0, position - window + 1) // KEYS * KEYS if window > 0 else 0
         while begin < position + queries:
             count = min(KEYS, length - begin)
+            columns = (count + WIDTH - 1) // WIDTH * WIDTH
             _load_keys(kind, element, call, sequence, head, begin, count, memory + keys)
             _load_values(kind, element, call, sequence, head, begin, count, memory + values)
             for r in range(0, queries * group, MAX_ROWS):
@@ -220,14 +229,13 @@ def _attend(kind: Any, element: int) -> Any:
                 if begin > position + (r + rows - 1) // group:
                     continue
                 s, o = memory + scores, memory + output + 4 * r * d
-                _product(rows, KEYS, memory + 4 * r * d, 4 * d, memory + keys, 4 * WIDTH, 4 * e * WIDTH, e, 0, s,
+                _product(rows, columns, memory + 4 * r * d, 4 * d, memory + keys, 4 * WIDTH, 4 * e * WIDTH, e, 0, s,
                          4 * KEYS)  # fmt: skip
                 for m in range(rows):
                     high = position + (r + m) // group + 1 - begin
                     low = high - window if window > 0 else 0
-                    _softmax_row(
-                        call, s + 4 * m * KEYS, memory + sums + 8 * (r + m) * WIDTH, o + 4 * m * d, d, low, high
-                    )
+                    row_sums = memory + sums + 8 * (r + m) * WIDTH
+                    _softmax_row(call, s + 4 * m * KEYS, row_sums, o + 4 * m * d, d, columns, low, high)
                 _product(rows, d, s, 4 * KEYS, memory + values, 4 * d, 4 * WIDTH, count, o, o, 4 * d)
             begin += KEYS
         _finish(call, token, head, queries, group, d, memory)
@@ -278,12 +286,12 @@ def paged_attention(
 
     ValueError for layouts that the engine does not make.
     """
-    q = q_THE.float()
+    q = q_THE if q_THE.dtype is torch.float32 else q_THE.float()
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
         q = q.contiguous()
     heads, e = q.shape[1:]
     kv_heads, page = k_NKPE.shape[1:3]
-    _check(k_NKPE, v_NKPE, e)
+    _check(k_NKPE, v_NKPE, e, query_start, seq_lens, block_tables)
     out = torch.empty(q.shape)
     sinks = None if sinks is None else sinks.float().contiguous()
     sequences, element = seq_lens.shape[0], k_NKPE.element_size()
@@ -299,8 +307,11 @@ def paged_attention(
     return out if q_THE.dtype == torch.float32 else out.to(q_THE.dtype)
 
 
-def _check(k_NKPE: Tensor, v_NKPE: Tensor, head_dim: int) -> None:
+def _check(k_NKPE: Tensor, v_NKPE: Tensor, head_dim: int, *indices: Tensor) -> None:
     for cache in (k_NKPE, v_NKPE):
-        _, _, page, e = cache.shape
-        if cache.dtype not in DTYPES or page % 8 or e != head_dim or not cache[0].is_contiguous():
+        page, e = cache.shape[2:]
+        if cache.dtype not in DTYPES or page % 8 or e != head_dim or cache.stride()[1:] != (page * e, e, 1):
             raise ValueError(f"No such cache: {cache.dtype} {list(cache.shape)} with strides {cache.stride()}.")
+    for index in indices:
+        if index.dtype is not torch.int32 or index.stride(-1) != 1:
+            raise ValueError(f"Starts, lengths and block tables must be contiguous int32, not {index.dtype}.")

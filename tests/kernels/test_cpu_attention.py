@@ -171,3 +171,5 @@ def test_a_cache_of_another_layout_is_refused() -> None:
         attend(replace(case, k=case.k.transpose(1, 2)))
     with pytest.raises(ValueError, match="float64"):
         attend(replace(case, v=case.v.double()))
+    with pytest.raises(ValueError, match="int64"):
+        attend(replace(case, tables=case.tables.long()))
