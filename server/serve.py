@@ -23,6 +23,7 @@ from server.settings import Settings
 if TYPE_CHECKING:
     import uvicorn
 
+    from server.engine_client import EngineClient
     from server.model_source import Located
     from server.state import ServerState
     from server.supervisor import Supervisor
@@ -189,9 +190,11 @@ async def _load(state: ServerState, url: str, began: float) -> Supervisor | None
             raise SourceError(client.failure.message if client.failure else "The engine process died while it loaded.")
         await _first_token(state)
     except (SourceError, CheckpointError) as error:
-        print(f"penstock: {error}", file=sys.stderr, flush=True)
+        complaint = str(error)
         if supervisor is not None:
+            complaint = await _engine_verdict(client) or complaint
             await supervisor.stop()
+        print(f"penstock: {complaint}", file=sys.stderr, flush=True)
         return None
     state.templates, state.tokenizer = templates, tokenizer
     gc.collect()
@@ -199,6 +202,14 @@ async def _load(state: ServerState, url: str, began: float) -> Supervisor | None
     decisions = [*_own_decisions(state, located), *client.ready.decisions]
     show(settings, url, state.model_name, decisions, whole_ledger(before, client.ready, time.monotonic() - began))
     return supervisor
+
+
+async def _engine_verdict(client: EngineClient) -> str | None:
+    """What the engine says against the folder once it has looked, which is more basic than a missing tokenizer."""
+    looking = ("imports", "convert", "download")
+    while client.state == "starting" and (client.progress is None or client.progress.phase in looking):  # noqa: ASYNC110
+        await asyncio.sleep(DRAIN_TICK)
+    return client.failure.message if client.failure else None
 
 
 async def _locate(state: ServerState) -> Located:

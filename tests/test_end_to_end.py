@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,8 @@ import psutil
 import pytest
 import torch
 from openai import OpenAI
+
+from tests.engine.tiny import make_checkpoint
 
 ROOT = Path(__file__).parent.parent
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -176,18 +179,32 @@ def test_the_engine_never_outlives_a_killed_server(smollm2_dir: Path, tmp_path: 
         assert not engine.is_running()
 
 
-@pytest.mark.parametrize(
-    ("prepare", "told"),
-    [
-        ({"config.json": '{"architectures": ["MambaForCausalLM"]}'}, "MambaForCausalLM"),
-        ({"config.json": '{"architectures": ["LlamaForCausalLM"]}', "pytorch_model.bin": "x"}, "safetensors"),
-        ({}, "config.json"),
-    ],
-)
-def test_what_cannot_be_served_is_said_in_six_lines(tmp_path: Path, prepare: dict[str, str], told: str) -> None:
-    for name, text in prepare.items():
-        (tmp_path / name).write_text(text)
-    command = [sys.executable, "-m", "server", "serve", str(tmp_path), "--port", "0", "--log-format", "text"]
+def unknown_architecture(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    return "MambaForCausalLM"
+
+
+def only_a_pickle(folder: Path) -> str:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return "safetensors"
+
+
+def no_config(folder: Path) -> str:
+    (folder / "config.json").unlink()
+    return "config.json"
+
+
+def no_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").unlink()
+    return "tokenizer.json"
+
+
+@pytest.mark.parametrize("spoil", [unknown_architecture, only_a_pickle, no_config, no_tokenizer])
+def test_what_cannot_be_served_is_said_in_six_lines(tmp_path: Path, spoil: Callable[[Path], str]) -> None:
+    folder = make_checkpoint(tmp_path / "tiny", "LlamaForCausalLM", 1, tokenizer=True)
+    told = spoil(folder)
+    command = [sys.executable, "-m", "server", "serve", str(folder), "--port", "0", "--log-format", "text"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     said = done.stderr[done.stderr.index("penstock: ") :]
