@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels.cpu.simd import (
     F32,
     WIDTH,
+    add_wide,
     exp,
     get,
     get_f64,
@@ -31,6 +32,7 @@ from kernels.cpu.simd import (
     largest,
     load,
     mul,
+    nothing_yet,
     put,
     put_f64,
     put_i64,
@@ -38,7 +40,7 @@ from kernels.cpu.simd import (
     stack,
     store,
     sub,
-    total_f64,
+    total_wide,
 )
 from kernels.cpu.threads import compile_task, describe, pool, run, scratch, word
 
@@ -53,15 +55,21 @@ _weights = stack(BLOCK // 2)
 _histogram = stack(BINS)
 
 
-@njit
+@njit(forceinline=True)
 def _logits(row: int, i: int, vocab: int) -> Any:
     """A vector of logits from i on; -inf past the end."""
-    if i + WIDTH <= vocab:
-        return load(F32, row + 4 * i)
-    buffer = _tail()
+    address, buffer = row + 4 * i, _tail()
+    if i + WIDTH > vocab:
+        _copy_last(row, i, vocab, buffer)
+        address = buffer
+    return load(F32, address)
+
+
+@njit
+def _copy_last(row: int, i: int, vocab: int, to: int) -> None:
+    """WIDTH logits from i on, with -inf behind the last."""
     for j in range(WIDTH):
-        put(F32, buffer + 4 * j, get(F32, row + 4 * (i + j)) if i + j < vocab else -math.inf)
-    return load(F32, buffer)
+        put(F32, to + 4 * j, get(F32, row + 4 * (i + j)) if i + j < vocab else -math.inf)
 
 
 @njit
@@ -95,8 +103,10 @@ def _block_masses(row: int, vocab: int, maxima: int, peak: float, rate: float, t
     for begin in range(0, vocab, BLOCK):
         mass = 0.0
         if get(F32, maxima + 4 * (begin // BLOCK)) >= threshold:
+            sums = nothing_yet()
             for i in range(begin, min(vocab, begin + BLOCK), WIDTH):
-                mass += total_f64(_weight(keep_from(_logits(row, i, vocab), threshold), peak, rate))
+                sums = add_wide(sums, _weight(keep_from(_logits(row, i, vocab), threshold), peak, rate))
+            mass = total_wide(sums)
         put_f64(to + 8 * (begin // BLOCK), mass)
         everything += mass
     return everything

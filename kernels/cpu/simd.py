@@ -30,27 +30,29 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 WIDTH = int(os.environ.get("PENSTOCK_SIMD_WIDTH", 32 if AVX512 else 16))  # lanes of a vector; the variable is for tests
 
-I16, I32, I64, FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-VECTOR, INT_VECTOR = ir.VectorType(FLOAT, WIDTH), ir.VectorType(I32, WIDTH)
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
+VECTOR, WIDE, INT_VECTOR = (ir.VectorType(lane, WIDTH) for lane in (FLOAT, DOUBLE, I32))
 NOTHING = ir.Constant(ir.IntType(8).as_pointer(), None)  # the value of an operation that has none
 Builder = Any  # llvmlite.ir.IRBuilder
 Emit = Callable[..., Any]
 
 
 class Vec(types.Type):  # type: ignore[misc]
-    """Numba's name for a vector; a value, never an object."""
+    """Numba's name for a vector of WIDTH lanes; a value, never an object."""
 
-    def __init__(self) -> None:
-        super().__init__(name="Vec")
+    def __init__(self, lane: Any) -> None:
+        super().__init__(name=f"Vec({lane})")
+        self.lane = lane
 
 
 @register_default(Vec)
 class _VecModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, numba_type: Any) -> None:
-        super().__init__(manager, numba_type, VECTOR)
+        super().__init__(manager, numba_type, ir.VectorType(numba_type.lane, WIDTH))
 
 
-vec = Vec()
+vec, wide = Vec(FLOAT), Vec(DOUBLE)  # of float32, of float64
 
 
 # --- intrinsics from emitters: an emitter takes the builder and LLVM values and returns one
@@ -180,7 +182,7 @@ def _load_int(bits: Any) -> Emit:
 
 get_i32 = op1(types.int64, types.int64, _load_int(I32))
 get_i64 = op1(types.int64, types.int64, lambda b, a: b.load(pointer(b, a, I64), align=8))
-get_f64 = op1(types.float64, types.int64, lambda b, a: b.load(pointer(b, a, ir.DoubleType()), align=8))
+get_f64 = op1(types.float64, types.int64, lambda b, a: b.load(pointer(b, a, DOUBLE), align=8))
 
 
 def _store_word(kind: Any) -> Emit:
@@ -192,7 +194,7 @@ def _store_word(kind: Any) -> Emit:
 
 
 put_i64 = op2(types.void, types.int64, types.int64, _store_word(I64))
-put_f64 = op2(types.void, types.int64, types.float64, _store_word(ir.DoubleType()))
+put_f64 = op2(types.void, types.int64, types.float64, _store_word(DOUBLE))
 
 
 def _store_i32(builder: Builder, address: Any, value: Any) -> Any:
@@ -259,13 +261,14 @@ total = op1(types.float32, vec, _emit_fold(lambda b, x, y: b.fadd(x, y)))
 largest = op1(types.float32, vec, _emit_fold(_select_compare(">")))
 
 
-def _emit_total_f64(builder: Builder, value: Any) -> Any:
-    """The sum of the lanes in float64, always in the same order."""
-    wide = builder.fpext(value, ir.VectorType(ir.DoubleType(), WIDTH))
-    return _emit_fold(lambda b, x, y: b.fadd(x, y))(builder, wide)
+@intrinsic
+def nothing_yet(typing: Any) -> Any:
+    """A vector of float64 zeros."""
+    return wide(), lambda context, builder, sig, args: ir.Constant(WIDE, [ir.Constant(DOUBLE, 0.0)] * WIDTH)
 
 
-total_f64 = op1(types.float64, vec, _emit_total_f64)
+add_wide = op2(wide, wide, vec, lambda b, x, y: b.fadd(x, b.fpext(y, WIDE)))
+total_wide = op1(types.float64, wide, _emit_fold(lambda b, x, y: b.fadd(x, y)))
 
 
 def _emit_exp(builder: Builder, x: Any) -> Any:
