@@ -57,7 +57,7 @@ def _rotate(x_THE: Tensor, cos_sin_TR: Tensor) -> Tensor:
 HEADS = 8  # heads of a program
 
 
-@jit()
+@jit(("position_ptr", "slot_ptr"))
 def _rope_kv(
     q_ptr, k_ptr, v_ptr, cos_sin_ptr, position_ptr, slot_ptr, k_cache_ptr, v_cache_ptr,
     q_stride, k_stride, v_stride, block_stride, head_stride,

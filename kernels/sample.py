@@ -167,7 +167,7 @@ def _draw(row_ptr, vocab, threshold, floor, peak, scale, uniform, BLOCK: tl.cons
     return tl.maximum(drawn, 0)
 
 
-@jit()
+@jit(("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr"))
 def _sample(
     id_ptr, logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, uniform_ptr, vocab, stride,
     BLOCK: tl.constexpr,

@@ -265,11 +265,10 @@ def row(case: Case, found: Figures) -> str:
     """One line of the report's table."""
     mma = ", ".join(f"{count} {kind}" for kind, count in found.mma.items()) or "-"
     cost = "-" if found.per_kv_byte is None else f"{found.per_kv_byte:.3f}"
-    cells = (
-        case.kernel, case.shape, case.options["num_warps"], found.registers, found.spilled, found.shared, found.programs_per_sm,
-        mma, f"{found.wide:.0%}", cost,
-    )  # fmt: skip
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+    warps = case.options["num_warps"]
+    sizes = (warps, found.registers, found.spilled, found.shared, found.programs_per_sm)
+    cells = (case.kernel, case.shape, *sizes, mma, f"{found.wide:.0%}", cost)
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 HEAD = """# What the kernels compile to

@@ -293,7 +293,7 @@ def _launch(
     workspace = (*grid, tile.rows) if num_splits > 1 else (1,)
     part_peaks = q.new_empty(workspace, dtype=torch.float32)
     parts = q.new_empty((*workspace, head_dim), dtype=torch.float32)
-    sinks_or_any = query_start if sinks is None else sinks
+    sinks_or_any = out if sinks is None else sinks  # without sinks the pointer is not read
     who = (query_start.shape[0] - 1, num_splits, launch.fewest, launch.most)
     _attention[grid](
         out, parts, part_peaks, q, k, v, query_start, seq_lens, block_tables, sinks_or_any,
