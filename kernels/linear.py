@@ -7,6 +7,7 @@ this CPU reads fastest (kernels/cpu/linear.py) and gives each row the same bits 
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 FORMS = ("torch", "numba")
 WORTH = 1.5  # how many times as fast torch must be for its form to be chosen
-MEASURED_ROWS, LARGEST_N = (1, 8, 64), 4096
+MEASURED_ROWS, MEASURED_SIZE, MEASURED_SECONDS = (1, 8, 32), 3072, 0.2  # rows of x; N and K at most; in all
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -85,9 +86,9 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
 
     t, k = x.shape
     n = packed.out_features
-    if x.dtype != torch.float32 or k != packed.in_features:
+    if x.dtype is not torch.float32 or k != packed.in_features:
         raise ValueError(f"x must be float32 [T, {packed.in_features}], not {x.dtype} {list(x.shape)}.")
-    if bias is not None:
+    if bias is not None and (bias.dtype is not torch.float32 or bias.stride(0) != 1):
         bias = bias.float().contiguous()
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -102,8 +103,8 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
 def choose_form(dtype: torch.dtype, device_type: str, shapes: list[tuple[int, int]], threads: int) -> tuple[str, str]:
     """(form, reason) for weights of a dtype, by timing both forms on the largest of `shapes` [(N, K), ...].
 
-    Takes about 0.2 s once the kernels are compiled. Numba is preferred, since with it a request's logits do not depend
-    on its company; torch is chosen where it takes less than 1 / WORTH of the time, or is the only form.
+    Takes about MEASURED_SECONDS once the kernels are compiled. Numba is preferred, since with it a request's logits do
+    not depend on its company; torch is chosen where it takes less than 1 / WORTH of the time, or is the only form.
     """
     if device_type != "cpu":
         return "torch", f"the only form on {device_type}"
@@ -115,25 +116,28 @@ def choose_form(dtype: torch.dtype, device_type: str, shapes: list[tuple[int, in
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        ours, theirs = _measure(dtype, max(shapes, key=lambda shape: min(shape[0], LARGEST_N) * shape[1]))
+        ours, theirs = _measure(dtype, max(shapes, key=math.prod))
     finally:
         torch.set_num_threads(before)
     times = ", ".join(
         f"{a * 1e3:.2f} / {b * 1e3:.2f} ms at {t}" for t, a, b in zip(MEASURED_ROWS, ours, theirs, strict=True)
     )
-    factor = sum(a / b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+    factor = math.prod(a / b for a, b in zip(ours, theirs, strict=True)) ** (1 / len(ours))
+    compared = f"numba is {1 / factor:.1f} times as fast as torch ({times} rows)"
     if factor > WORTH:
-        return "torch", f"torch is {factor:.1f} times as fast (numba / torch: {times} rows)"
-    return "numba", f"a row's bits do not depend on the batch; numba / torch: {times} rows"
+        return "torch", compared
+    return "numba", f"{compared}, and a row's bits do not depend on the batch"
 
 
 def _measure(dtype: torch.dtype, shape: tuple[int, int]) -> tuple[list[float], list[float]]:
     """Seconds of the numba and the torch form for each of MEASURED_ROWS: the least of a few, taken in turn."""
-    n, k = min(shape[0], LARGEST_N), shape[1]
+    n, k = (min(size, MEASURED_SIZE) for size in shape)
     weight = torch.full((n, k), 0.5, dtype=dtype)
     forms = [pack(weight, "numba"), pack(weight, "torch")]
     best = [[float("inf")] * len(MEASURED_ROWS) for _ in forms]
-    for _ in range(3):
+    end, turn = time.perf_counter() + MEASURED_SECONDS, 0
+    while turn < 2 or (turn < 10 and time.perf_counter() < end):  # the first turn warms up
+        turn += 1
         for i, t in enumerate(MEASURED_ROWS):
             x = torch.full((t, k), 0.5)
             for form, seconds in zip(forms, best, strict=True):

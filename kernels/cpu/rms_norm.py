@@ -65,11 +65,12 @@ def task() -> int:
 
 
 def _run(x: Tensor, residual: int, w: Tensor, eps: float) -> Tensor:
-    if x.dtype != torch.float32:
+    if x.dtype is not torch.float32:
         raise ValueError(f"Activations on a CPU are float32, not {x.dtype}.")
     if x.dim() not in (2, 3) or x.stride(-1) != 1:
         x = x.reshape(-1, x.shape[-1]).contiguous() if x.dim() != 3 else x.contiguous()
-    w = w.float().contiguous()
+    if w.dtype is not torch.float32 or w.stride(0) != 1:
+        w = w.float().contiguous()
     size = x.shape[-1]
     y = torch.empty(x.shape)
     rows = y.numel() // max(1, size)

@@ -1,0 +1,215 @@
+"""Times the compiled CPU kernels beside torch, turn by turn in one run, with the machine's read bandwidth as the floor.
+
+    python benchmarks/kernels.py                     all tables
+    python benchmarks/kernels.py linear --threads 1  one table
+    python benchmarks/kernels.py --save              also to benchmarks/results/kernels-DATE.txt
+
+Each figure is the least of several times, the candidates taking turns; the weights of a table are larger together than
+the caches, as a model's are. A busy machine moves every figure: the load average is printed, and ratios count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kernels import cpu, definitions
+from kernels.cpu import threads
+from kernels.linear import linear, pack
+
+Candidates = dict[str, Callable[[], object]]
+COLD_BYTES = 100 << 20  # weights that take turns, so that each is read from memory
+SHAPES = ((4864, 896), (896, 4864), (1152, 896))  # Qwen2.5-0.5B: one of gate and up, down, q with k and v
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+
+
+def least(candidates: Candidates, seconds: float = 0.4, turns: int = 5) -> dict[str, float]:
+    """The least time of each candidate in at least `turns` turns and about `seconds` in all."""
+    best = dict.fromkeys(candidates, float("inf"))
+    end, turn = time.perf_counter() + seconds, 0
+    while turn < turns or time.perf_counter() < end:
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+        turn += 1
+    return best
+
+
+def in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
+    """One call that makes each of `calls` in turn, one at a time."""
+    position = [0]
+
+    def call() -> object:
+        position[0] = (position[0] + 1) % len(calls)
+        return calls[position[0]]()
+
+    return call
+
+
+def machine(count: int) -> str:
+    """What the figures were taken on."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    lines = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in lines.items()}
+    flags = set(fields.get("flags", "").split())
+    known = [f for f in ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    load = os.getloadavg()[0]
+    return (
+        f"{date.today()}, {fields.get('model name', os.uname().machine)}, {os.cpu_count()} cores, {count} threads, "
+        f"{' '.join(known)}, torch {torch.__version__}, load {load:.1f}"
+    )
+
+
+def floor() -> str:
+    """Read bandwidth: the sum of 256 MiB by torch's threads."""
+    data = torch.ones(64 << 20)
+    seconds = least({"read": data.sum}, 1.0)["read"]
+    return f"memory read {data.nbytes / seconds / 1e9:.1f} GB/s"
+
+
+def time_linear() -> None:
+    print("\nlinear: GB/s of weights and GFLOP/s; torch's bf16 form includes the casts of x and y")
+    print(f"{'N x K':>11} {'rows':>4} | " + " | ".join(f"{n:>20}" for n in LINEAR_FORMS) + " | ours bf16 / best torch")
+    for n, k in SHAPES:
+        forms = {name: weights(n, k, dtype, form) for name, (form, dtype) in LINEAR_FORMS.items()}
+        for rows in ROWS:
+            x = torch.randn(rows, k)
+            calls = {name: in_turn([lambda p=p, x=x: linear(x, p) for p in packed]) for name, packed in forms.items()}
+            best = least(calls)
+            cells = [cell(seconds, forms[name][0].data.nbytes, 2.0 * rows * n * k) for name, seconds in best.items()]
+            ratio = min(best["torch bf16"], best["torch float32"]) / best["ours bf16"]
+            print(f"{n:>5}x{k:<5} {rows:>4} | " + " | ".join(cells) + f" | {ratio:.2f}", flush=True)
+
+
+LINEAR_FORMS = {
+    "ours bf16": ("numba", torch.bfloat16),
+    "ours fp16": ("numba", torch.float16),
+    "ours float32": ("numba", torch.float32),
+    "torch bf16": ("torch", torch.bfloat16),
+    "torch float32": ("torch", torch.float32),
+}
+
+
+def weights(n: int, k: int, dtype: torch.dtype, form: str) -> list:
+    """As many packed matrices as do not fit the caches."""
+    count = max(2, COLD_BYTES // (n * k * dtype.itemsize))
+    return [pack(torch.randn(n, k).to(dtype), form) for _ in range(count)]
+
+
+def cell(seconds: float, size: float, operations: float) -> str:
+    return f"{size / seconds / 1e9:>6.1f} {operations / seconds / 1e9:>6.1f} GF/s"
+
+
+def time_attention() -> None:
+    print("\nattention over bf16 pages: ours, torch's scaled_dot_product_attention (float32, contiguous, no pages), ms")
+    for heads, kv, e in ((14, 2, 64), (9, 3, 64), (32, 8, 128)):
+        for sequences, new, length in ((1, 512, 512), (1, 128, 2048), (1, 1, 192), (1, 1, 4096), (16, 1, 192)):
+            best = least(attention(heads, kv, e, sequences, new, length))
+            operations = 4 * e * heads * sequences * (new * length - new * (new - 1) / 2)
+            print(
+                f"{heads:>2}/{kv} heads of {e:>3}, {sequences:>2} x {new:>3} new of {length:>4} | "
+                + " | ".join(f"{name} {s * 1e3:8.3f} ms {operations / s / 1e9:6.1f} GF/s" for name, s in best.items()),
+                flush=True,
+            )
+
+
+def attention(heads: int, kv: int, e: int, sequences: int, new: int, length: int) -> Candidates:
+    pages = -(-length // 16)
+    k, v = (torch.randn(sequences * pages, kv, 16, e).bfloat16() for _ in range(2))
+    q = torch.randn(sequences * new, heads, e)
+    starts = torch.arange(0, sequences * new + 1, new, dtype=torch.int32)
+    lengths = torch.full((sequences,), length, dtype=torch.int32)
+    tables = torch.randperm(sequences * pages).int().view(sequences, pages)
+    plain_q = q.view(sequences, new, heads, e).transpose(1, 2).contiguous()
+    plain_k, plain_v = (torch.randn(sequences, kv, length, e) for _ in range(2))
+    mask = torch.ones(new, length, dtype=torch.bool).tril(length - new)
+
+    def ours() -> Tensor:
+        return cpu.paged_attention(
+            q, k, v, starts, lengths, tables, max_query_len=new, max_seq_len=length, scale=e**-0.5
+        )
+
+    def torchs() -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(plain_q, plain_k, plain_v, mask, enable_gqa=True)
+
+    return {"ours": ours, "torch": torchs}
+
+
+def time_others() -> None:
+    print("\nthe others, microseconds: ours, definition")
+    plain, compiled = definitions(), cpu
+    for rows in (1, 8, 32, 512):
+        x, w, gate = torch.randn(rows, 896), torch.randn(896), torch.randn(rows, 2 * 4864)
+        calls = {
+            "rms_norm 896": lambda k, x=x, w=w: k.rms_norm(x, w, 1e-6),
+            "add_rms_norm 896": lambda k, x=x, w=w: k.add_rms_norm(x, x.clone(), w, 1e-6),
+            "silu_mul 4864": lambda k, gate=gate: k.silu_mul(gate),
+        }
+        for name, call in calls.items():
+            best = least({"ours": lambda c=call: c(compiled), "definition": lambda c=call: c(plain)}, 0.2)
+            print(
+                f"{name:>20} {rows:>3} rows | " + " | ".join(f"{n} {s * 1e6:9.1f}" for n, s in best.items()), flush=True
+            )
+    for rows in (1, 8, 32):
+        for label, k, p in (("plain", 0, 1.0), ("top-k 40", 40, 1.0), ("top-p 0.95", 0, 0.95), ("both", 40, 0.95)):
+            logits, uniform = torch.randn(rows, 151936) * 3, torch.rand(rows, dtype=torch.float64)
+            full = [torch.full((rows,), value) for value in (0.8, p, 0.0)]
+            arguments = (logits, full[0], torch.full((rows,), k, dtype=torch.int32), full[1], full[2], uniform)
+            best = least(
+                {"ours": lambda a=arguments: cpu.sample(*a), "definition": lambda a=arguments: plain.sample(*a)}, 0.2, 2
+            )
+            name = f"sample 151936 {label}"
+            print(f"{name:>24} {rows:>2} | " + " | ".join(f"{n} {s * 1e6:9.1f}" for n, s in best.items()), flush=True)
+    for pause in (0.0, 20e-6, 500e-6):
+        print(f"an empty region of the pool after {pause * 1e6:.0f} us: {empty_region(pause):.1f} us (median)")
+
+
+def empty_region(pause: float) -> float:
+    """Median microseconds of a call that has two rows of a norm to do, each a task's worth."""
+    x, w = torch.randn(2, 1 << 14), torch.randn(1 << 14)
+    times = []
+    for _ in range(500):
+        end = time.perf_counter() + pause
+        while time.perf_counter() < end:
+            pass
+        start = time.perf_counter()
+        cpu.rms_norm(x, w, 1e-6)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[250] * 1e6
+
+
+TABLES = {"linear": time_linear, "attention": time_attention, "others": time_others}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which tables; all without a name")
+    parser.add_argument("--threads", type=int, default=threads.available_threads())
+    parser.add_argument("--save", action="store_true", help="also write benchmarks/results/kernels-DATE.txt")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(options.threads)
+    cpu.set_threads(options.threads)
+    start = time.perf_counter()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        cpu.warm(dtype)
+    print(machine(options.threads))
+    print(f"{floor()}; kernels ready in {time.perf_counter() - start:.1f} s, {threads.compiled_now()} compiled now")
+    for name in options.tables or TABLES:
+        TABLES[name]()
+    print(f"\nat the end: {floor()}, load {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
