@@ -15,7 +15,9 @@ MAX_FILE, MAX_FUNCTION = 500, 60
 ROOMS = ("server", "engine", "kernels", "chat_templates", "tools", "benchmarks", "tests")
 
 # path or path::function -> why it may be longer
-EXCUSED: dict[str, str] = {}
+EXCUSED: dict[str, str] = {
+    "tests/server/test_chat_template.py": "eighteen styles, attacks and hidden spellings share one set of helpers",
+}
 
 
 def functions(tree: ast.AST) -> list[tuple[int, str]]:
