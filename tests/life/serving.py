@@ -38,7 +38,7 @@ async def serving(
     command: Sequence[str] = HASH_COMMAND,
     options: Mapping[str, Any] = MappingProxyType({}),
     progress_limit: float = 60.0,
-    load_limit: float = 60.0,
+    load_limit: float = 280.0,
 ) -> AsyncIterator[tuple[EngineClient, Supervisor]]:
     """A supervised engine that has settled; afterwards nothing is open and no process is left."""
     client = EngineClient(progress_limit=progress_limit)
@@ -46,7 +46,7 @@ async def serving(
     supervisor = Supervisor(client, engine_options, command=command, load_limit=load_limit)
     supervisor.start()
     try:
-        await asyncio.wait_for(client.settled(), 240)  # a first start may compile kernels
+        await asyncio.wait_for(client.settled(), 290)  # a first start may compile kernels
         yield client, supervisor
     finally:
         pid = supervisor.pid
