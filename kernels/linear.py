@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,6 +36,14 @@ class PackedLinear:
         return self.data.dtype
 
 
+@cache
+def _compiled() -> ModuleType:
+    """kernels/cpu/linear.py, imported when the numba form is first used."""
+    from kernels.cpu import linear as compiled
+
+    return compiled
+
+
 def pack(weight: Tensor, form: str) -> PackedLinear:
     """A weight [N, K] in a form of FORMS. "torch" keeps the tensor itself; "numba" copies it.
 
@@ -49,12 +59,9 @@ def pack(weight: Tensor, form: str) -> PackedLinear:
             f"The numba form takes float32, bfloat16 and float16 weights in memory, not {weight.dtype} on "
             f"{weight.device}; use the torch form."
         )
-    from kernels.cpu import linear as cpu
-    from kernels.cpu.simd import WIDTH
-
     weight = weight.contiguous()
-    data = torch.zeros(cpu.panels(n), k, WIDTH, dtype=weight.dtype)
-    cpu.pack(weight.dtype, weight.data_ptr(), data.data_ptr(), n, k)
+    data = torch.zeros(_compiled().panels(n), k, _compiled().WIDTH, dtype=weight.dtype)
+    _compiled().pack(weight.dtype, weight.data_ptr(), data.data_ptr(), n, k)
     return PackedLinear(form, data, n, k)
 
 
@@ -67,10 +74,8 @@ def rows(packed: PackedLinear, ids: Tensor) -> Tensor:
     """Rows of the weight in its dtype, [T, K] for ids int64 [T]: an embedding from the matrix that is also the head."""
     if packed.form == "torch":
         return torch.nn.functional.embedding(ids, packed.data)
-    from kernels.cpu import linear as cpu
-    from kernels.cpu.simd import WIDTH
-
-    return packed.data[ids // WIDTH, :, cpu.lane(ids % WIDTH, packed.dtype)]
+    width = packed.data.shape[2]
+    return packed.data[ids // width, :, _compiled().lane(ids % width, packed.dtype)]
 
 
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
@@ -82,8 +87,6 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
     if packed.form == "torch":
         cast_bias = None if bias is None else bias.to(packed.dtype)
         return torch.nn.functional.linear(x.to(packed.dtype), packed.data, cast_bias).to(x.dtype)
-    from kernels.cpu import linear as cpu
-
     t, k = x.shape
     n = packed.out_features
     if x.dtype is not torch.float32 or k != packed.in_features:
@@ -93,7 +96,7 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty(t, n)
-    cpu.linear(
+    _compiled().linear(
         packed.dtype, x.data_ptr(), 4 * x.stride(0), packed.data.data_ptr(),
         0 if bias is None else bias.data_ptr(), y.data_ptr(), t, n, k,
     )  # fmt: skip

@@ -159,6 +159,17 @@ def pack(dtype: torch.dtype, weights: int, packed: int, columns: int, features: 
     run(tasks(dtype)[2], call, panels(columns))
 
 
+@lru_cache(4096)
+def _split(rows: int, columns: int, features: int, element: int, threads: int) -> tuple[int, int, int, int]:
+    """A product in tasks: tiles of rows, shares of the tiles, panels in a task, tasks in all."""
+    tiles = -(-rows // MAX_ROWS)
+    row_tasks = max(1, -(-tiles // ROW_TILES))
+    fair = panels(columns) * row_tasks // (4 * threads)  # panels a task, if each thread had four tasks
+    most = TASK_PANELS if tiles > 1 else TASK_BYTES // max(1, features * WIDTH * element)
+    per_task = max(4, min(most, fair) // 4 * 4)
+    return tiles, row_tasks, per_task, row_tasks * -(-panels(columns) // per_task) if rows else 0
+
+
 def linear(
     dtype: torch.dtype, x: int, x_row: int, w: int, bias: int, y: int, rows: int, columns: int, features: int
 ) -> None:
@@ -167,13 +178,9 @@ def linear(
     Addresses; x_row in bytes; bias may be 0.
     """
     copied = scratch(4 * rows * features) if rows > COPIED_ROWS else 0
-    tiles = -(-rows // MAX_ROWS)
-    row_tasks = max(1, -(-tiles // ROW_TILES))
-    fair = panels(columns) * row_tasks // (4 * pool().threads)  # panels a task, if each thread had four tasks
-    most = TASK_PANELS if tiles > 1 else TASK_BYTES // max(1, features * WIDTH * dtype.itemsize)
-    per_task = max(4, min(most, fair) // 4 * 4)
-    call = describe(FORM, x, x_row, w, bias, y, rows, columns, features, tiles, row_tasks, per_task, copied)
     product, copy, _ = tasks(dtype)
+    tiles, row_tasks, per_task, count = _split(rows, columns, features, dtype.itemsize, pool().threads)
+    call = describe(FORM, x, x_row, w, bias, y, rows, columns, features, tiles, row_tasks, per_task, copied)
     if copied:
         run(copy, call, tiles)
-    run(product, call, row_tasks * -(-panels(columns) // per_task) if rows else 0)
+    run(product, call, count)

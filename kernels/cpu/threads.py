@@ -28,7 +28,7 @@ from numba.extending import intrinsic
 
 from kernels.cpu.simd import I32, I64, NOTHING, get_i64, op1, op2, op3, pointer, put_i64
 
-SPIN = 4000  # rounds of about 10 ns: 40 us, the time Python takes from one operation of a layer to the next
+SPIN = 1500  # rounds of 25 to 60 ns: about the time that Python takes from one operation of a layer to the next
 # Byte offsets in the shared state; what different threads write is on different cache lines.
 TICKET, DONE, SLEEPING, BUSY = 0, 128, 256, 384
 TASK, CALL, COUNT, THREADS, STOP = 512, 520, 528, 536, 544
