@@ -47,6 +47,7 @@ TARGETS = {
 # Shared memory, registers and threads of one multiprocessor: what limits the programs that run on it side by side.
 SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TENSOR_CORE = r"\b(HMMA|HGMMA|UTC\w*MMA)\b"
 POINTERS = {
     **dict.fromkeys(("query_start_ptr", "seq_lens_ptr", "table_ptr", "top_k_ptr"), "*i32"),
     **dict.fromkeys(("position_ptr", "slot_ptr", "id_ptr"), "*i64"),
@@ -193,6 +194,7 @@ def _nvidia_figures(case: Case, compiled: Any) -> Figures:
     loads = re.findall(r"\b(LDG|LDGSTS|UTMALDG)\.(\S+)", sass)
     widths = [16 if ".128" in f".{kind}" else 8 if ".64" in f".{kind}" else 4 for _, kind in loads]
     spilled = use["STACK"] + use["LOCAL"] + len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    loop = _loop_instructions(sass)
     by_registers = 65536 // (max(1, -(-use["REG"] // 8) * 8) * 32 * case.options["num_warps"])
     by_shared = SHARED_BYTES[case.target] // (shared + 1024)
     return Figures(
@@ -200,14 +202,14 @@ def _nvidia_figures(case: Case, compiled: Any) -> Figures:
         spilled=spilled,
         shared=shared,
         programs_per_sm=min(by_registers, by_shared, 2048 // (32 * case.options["num_warps"])),
-        mma=_count(r"\b(HMMA|HGMMA|IMMA|UTC\w*MMA)\b", sass),
+        mma=_count(TENSOR_CORE, sass),
         wide=sum(w for w in widths if w == 16) / max(1, sum(widths)),
-        per_kv_byte=_loop_instructions(sass) * case.options["num_warps"] / case.kv_bytes if case.kv_bytes else None,
+        per_kv_byte=loop * case.options["num_warps"] / case.kv_bytes if loop and case.kv_bytes else None,
     )
 
 
 def _loop_instructions(sass: str) -> int:
-    """Instructions of the cheapest loop with tensor-core instructions: the one without masks, where there is one."""
+    """Instructions of the shortest loop with tensor-core ones: that without masks, where there is one; 0 without any."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     loops = []
@@ -219,7 +221,7 @@ def _loop_instructions(sass: str) -> int:
             jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
             if jump and jump[1] in labels:
                 body = instructions[labels[jump[1]] :]
-                if any("MMA" in each for each in body):
+                if any(re.search(TENSOR_CORE, each) for each in body):
                     loops.append(len(body))
     return min(loops, default=0)
 
