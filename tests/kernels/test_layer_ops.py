@@ -15,7 +15,8 @@ NARROW = (torch.float16, torch.bfloat16)
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    tolerance = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[got.dtype]
+    # Up to three roundings to bfloat16 follow each other, and the interpreter cuts off: 2**-7 each.
+    tolerance = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2.4e-2}[got.dtype]
     torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
 
 
