@@ -30,10 +30,18 @@ from kernels.linear import linear, pack
 Candidates = dict[str, Callable[[], object]]
 COLD_BYTES = 100 << 20  # weights that take turns, so that each is read from memory
 SHAPES = ((4864, 896), (896, 4864), (1152, 896))  # Qwen2.5-0.5B: one of gate and up, down, q with k and v
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+ROWS = (1, 2, 4, 8, 32, 128, 512)
 
 
-def least(candidates: Candidates, seconds: float = 0.4, turns: int = 5) -> dict[str, float]:
+lines: list[str] = []
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+    lines.append(text)
+
+
+def least(candidates: Candidates, seconds: float = 0.3, turns: int = 3) -> dict[str, float]:
     """The least time of each candidate in at least `turns` turns and about `seconds` in all."""
     best = dict.fromkeys(candidates, float("inf"))
     end, turn = time.perf_counter() + seconds, 0
@@ -79,8 +87,8 @@ def floor() -> str:
 
 
 def time_linear() -> None:
-    print("\nlinear: GB/s of weights and GFLOP/s; torch's bf16 form includes the casts of x and y")
-    print(f"{'N x K':>11} {'rows':>4} | " + " | ".join(f"{n:>20}" for n in LINEAR_FORMS) + " | ours bf16 / best torch")
+    say("\nlinear: GB/s of weights and GFLOP/s; torch's bf16 form includes the casts of x and y")
+    say(f"{'N x K':>11} {'rows':>4} | " + " | ".join(f"{n:>20}" for n in LINEAR_FORMS) + " | ours bf16 / best torch")
     for n, k in SHAPES:
         forms = {name: weights(n, k, dtype, form) for name, (form, dtype) in LINEAR_FORMS.items()}
         for rows in ROWS:
@@ -89,7 +97,7 @@ def time_linear() -> None:
             best = least(calls)
             cells = [cell(seconds, forms[name][0].data.nbytes, 2.0 * rows * n * k) for name, seconds in best.items()]
             ratio = min(best["torch bf16"], best["torch float32"]) / best["ours bf16"]
-            print(f"{n:>5}x{k:<5} {rows:>4} | " + " | ".join(cells) + f" | {ratio:.2f}", flush=True)
+            say(f"{n:>5}x{k:<5} {rows:>4} | " + " | ".join(cells) + f" | {ratio:.2f}")
 
 
 LINEAR_FORMS = {
@@ -112,15 +120,14 @@ def cell(seconds: float, size: float, operations: float) -> str:
 
 
 def time_attention() -> None:
-    print("\nattention over bf16 pages: ours, torch's scaled_dot_product_attention (float32, contiguous, no pages), ms")
+    say("\nattention over bf16 pages: ours, torch's scaled_dot_product_attention (float32, contiguous, no pages), ms")
     for heads, kv, e in ((14, 2, 64), (9, 3, 64), (32, 8, 128)):
         for sequences, new, length in ((1, 512, 512), (1, 128, 2048), (1, 1, 192), (1, 1, 4096), (16, 1, 192)):
             best = least(attention(heads, kv, e, sequences, new, length))
             operations = 4 * e * heads * sequences * (new * length - new * (new - 1) / 2)
-            print(
+            say(
                 f"{heads:>2}/{kv} heads of {e:>3}, {sequences:>2} x {new:>3} new of {length:>4} | "
                 + " | ".join(f"{name} {s * 1e3:8.3f} ms {operations / s / 1e9:6.1f} GF/s" for name, s in best.items()),
-                flush=True,
             )
 
 
@@ -147,7 +154,7 @@ def attention(heads: int, kv: int, e: int, sequences: int, new: int, length: int
 
 
 def time_others() -> None:
-    print("\nthe others, microseconds: ours, definition")
+    say("\nthe others, microseconds: ours, definition")
     plain, compiled = definitions(), cpu
     for rows in (1, 8, 32, 512):
         x, w, gate = torch.randn(rows, 896), torch.randn(896), torch.randn(rows, 2 * 4864)
@@ -158,7 +165,7 @@ def time_others() -> None:
         }
         for name, call in calls.items():
             best = least({"ours": lambda c=call: c(compiled), "definition": lambda c=call: c(plain)}, 0.2)
-            print(
+            say(
                 f"{name:>20} {rows:>3} rows | " + " | ".join(f"{n} {s * 1e6:9.1f}" for n, s in best.items()), flush=True
             )
     for rows in (1, 8, 32):
@@ -170,9 +177,9 @@ def time_others() -> None:
                 {"ours": lambda a=arguments: cpu.sample(*a), "definition": lambda a=arguments: plain.sample(*a)}, 0.2, 2
             )
             name = f"sample 151936 {label}"
-            print(f"{name:>24} {rows:>2} | " + " | ".join(f"{n} {s * 1e6:9.1f}" for n, s in best.items()), flush=True)
+            say(f"{name:>24} {rows:>2} | " + " | ".join(f"{n} {s * 1e6:9.1f}" for n, s in best.items()))
     for pause in (0.0, 20e-6, 500e-6):
-        print(f"an empty region of the pool after {pause * 1e6:.0f} us: {empty_region(pause):.1f} us (median)")
+        say(f"an empty region of the pool after {pause * 1e6:.0f} us: {empty_region(pause):.1f} us (median)")
 
 
 def empty_region(pause: float) -> float:
@@ -194,7 +201,7 @@ TABLES = {"linear": time_linear, "attention": time_attention, "others": time_oth
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which tables; all without a name")
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], default=[], help="which tables; all without a name")
     parser.add_argument("--threads", type=int, default=threads.available_threads())
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/kernels-DATE.txt")
     options = parser.parse_args()
@@ -204,11 +211,15 @@ def main() -> None:
     start = time.perf_counter()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         cpu.warm(dtype)
-    print(machine(options.threads))
-    print(f"{floor()}; kernels ready in {time.perf_counter() - start:.1f} s, {threads.compiled_now()} compiled now")
+    say(machine(options.threads))
+    say(f"{floor()}; kernels ready in {time.perf_counter() - start:.1f} s, {threads.compiled_now()} compiled now")
     for name in options.tables or TABLES:
         TABLES[name]()
-    print(f"\nat the end: {floor()}, load {os.getloadavg()[0]:.1f}")
+    say(f"\nat the end: {floor()}, load {os.getloadavg()[0]:.1f}")
+    if options.save:
+        path = Path(__file__).parent / "results" / f"kernels-{date.today()}.txt"
+        path.write_text("\n".join(["$ python benchmarks/kernels.py", *lines]) + "\n")
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":

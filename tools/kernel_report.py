@@ -209,7 +209,7 @@ def _nvidia_figures(case: Case, compiled: Any) -> Figures:
 
 
 def _loop_instructions(sass: str) -> int:
-    """Instructions of the shortest loop with tensor-core ones: that without masks, where there is one; 0 without any."""
+    """Instructions of the shortest loop with tensor-core ones (that without masks, where there is one); 0 if none."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     loops = []
