@@ -165,9 +165,7 @@ def time_others() -> None:
         }
         for name, call in calls.items():
             best = least({"ours": lambda c=call: c(compiled), "definition": lambda c=call: c(plain)}, 0.2)
-            say(
-                f"{name:>20} {rows:>3} rows | " + " | ".join(f"{n} {s * 1e6:9.1f}" for n, s in best.items()), flush=True
-            )
+            say(f"{name:>20} {rows:>3} rows | " + " | ".join(f"{n} {s * 1e6:9.1f}" for n, s in best.items()))
     for rows in (1, 8, 32):
         for label, k, p in (("plain", 0, 1.0), ("top-k 40", 40, 1.0), ("top-p 0.95", 0, 0.95), ("both", 40, 0.95)):
             logits, uniform = torch.randn(rows, 151936) * 3, torch.rand(rows, dtype=torch.float64)
