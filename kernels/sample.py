@@ -52,8 +52,9 @@ def _keep_threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor)
 # Pivots are taken evenly among the 32-bit patterns of floats, so that a search ends exactly, in at most 16 passes;
 # with the shrinking it takes about 8. Qrita (arXiv 2602.01518) works alike.
 
-BLOCK = 2048  # 4 logits a thread: few enough registers for two rows side by side on a multiprocessor
+BLOCK = 2048
 WARPS = 16
+STAGES = tl.constexpr(4) if tl else 4  # three blocks are on their way while one is summed: 24 KiB fill a multiprocessor
 
 
 @jit()
@@ -88,7 +89,7 @@ def _threshold(row_ptr, vocab, low, high, limit, peak, scale, BY_MASS: tl.conste
         above_3 = tl.zeros([BLOCK], tl.float32)
         least = tl.full([BLOCK], float("inf"), tl.float32)
         most = tl.full([BLOCK], float("-inf"), tl.float32)
-        for begin in range(0, vocab, BLOCK):
+        for begin in tl.range(0, vocab, BLOCK, num_stages=STAGES):
             x = tl.load(row_ptr + begin + offset, mask=begin + offset < vocab, other=float("-inf"))
             weight = tl.exp2((x - peak) * scale) if BY_MASS else 1.0
             above_1 += tl.where(x > pivot_1, weight, 0.0)
@@ -117,7 +118,7 @@ def _survey(row_ptr, vocab, BLOCK: tl.constexpr):
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_id = offset
     least = tl.full([BLOCK], float("inf"), tl.float32)
-    for begin in range(0, vocab, BLOCK):
+    for begin in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         x = tl.load(row_ptr + begin + offset, mask=begin + offset < vocab, other=float("-inf"))
         best_id = tl.where(x > best, begin + offset, best_id)
         best = tl.maximum(best, x)
@@ -138,7 +139,7 @@ def _mass(row_ptr, vocab, threshold, floor, peak, scale, BLOCK: tl.constexpr):
     """The sum of a row's weights."""
     offset = tl.arange(0, BLOCK)
     mass = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, vocab, BLOCK):
+    for begin in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         x = tl.load(row_ptr + begin + offset, mask=begin + offset < vocab, other=float("-inf"))
         mass += _weight(x, threshold, floor, peak, scale)
     return tl.sum(mass)
