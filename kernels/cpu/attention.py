@@ -264,7 +264,7 @@ def task(dtype: torch.dtype) -> int:
 def _scratch_bytes(heads: int, kv_heads: int, e: int) -> int:
     """What `_layout` says of one thread's scratch."""
     rows, d = max(ROWS, heads // kv_heads), -(-e // WIDTH) * WIDTH
-    return 4 * (2 * rows * d + MAX_ROWS * KEYS + 2 * rows * WIDTH + KEYS * e + KEYS * d)
+    return 64 + 4 * (2 * rows * d + MAX_ROWS * KEYS + 2 * rows * WIDTH + KEYS * e + KEYS * d)
 
 
 def paged_attention(
@@ -287,30 +287,29 @@ def paged_attention(
     ValueError for layouts that the engine does not make.
     """
     q = q_THE if q_THE.dtype is torch.float32 else q_THE.float()
-    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+    (heads, e), (kv_heads, page) = q.shape[1:], k_NKPE.shape[1:3]
+    if q.stride()[1:] != (e, 1):
         q = q.contiguous()
-    heads, e = q.shape[1:]
-    kv_heads, page = k_NKPE.shape[1:3]
     _check(k_NKPE, v_NKPE, e, query_start, seq_lens, block_tables)
-    out = torch.empty(q.shape)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     sinks = None if sinks is None else sinks.float().contiguous()
-    sequences, element = seq_lens.shape[0], k_NKPE.element_size()
-    each = -(-_scratch_bytes(heads, kv_heads, e) // 64) * 64
-    memory = scratch(each * pool().threads + 4 * (sequences + 1))
+    sequences, element, threads = seq_lens.shape[0], k_NKPE.itemsize, pool().threads
+    each = _scratch_bytes(heads, kv_heads, e)
+    memory = scratch(each * threads + 4 * (sequences + 1))
     call = describe(
         FORM, q.data_ptr(), 4 * q.stride(0), k_NKPE.data_ptr(), element * k_NKPE.stride(0), v_NKPE.data_ptr(),
         element * v_NKPE.stride(0), out.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(),
         block_tables.data_ptr(), 4 * block_tables.stride(0), sequences, heads, kv_heads, e, page, window,
-        0 if sinks is None else sinks.data_ptr(), memory + each * pool().threads, memory, scale, soft_cap,
+        0 if sinks is None else sinks.data_ptr(), memory + each * threads, memory, scale, soft_cap,
     )  # fmt: skip
     run(task(k_NKPE.dtype), call, _plan(call))
-    return out if q_THE.dtype == torch.float32 else out.to(q_THE.dtype)
+    return out if q_THE.dtype is torch.float32 else out.to(q_THE.dtype)
 
 
-def _check(k_NKPE: Tensor, v_NKPE: Tensor, head_dim: int, *indices: Tensor) -> None:
+def _check(k_NKPE: Tensor, v_NKPE: Tensor, e: int, *indices: Tensor) -> None:
+    page, dtype = k_NKPE.shape[2], k_NKPE.dtype
     for cache in (k_NKPE, v_NKPE):
-        page, e = cache.shape[2:]
-        if cache.dtype not in DTYPES or page % 8 or e != head_dim or cache.stride()[1:] != (page * e, e, 1):
+        if dtype not in DTYPES or cache.dtype is not dtype or page % 8 or cache.stride()[1:] != (page * e, e, 1):
             raise ValueError(f"No such cache: {cache.dtype} {list(cache.shape)} with strides {cache.stride()}.")
     for index in indices:
         if index.dtype is not torch.int32 or index.stride(-1) != 1:

@@ -67,16 +67,19 @@ def task() -> int:
 def _run(x: Tensor, residual: int, w: Tensor, eps: float) -> Tensor:
     if x.dtype is not torch.float32:
         raise ValueError(f"Activations on a CPU are float32, not {x.dtype}.")
-    if x.dim() not in (2, 3) or x.stride(-1) != 1:
-        x = x.reshape(-1, x.shape[-1]).contiguous() if x.dim() != 3 else x.contiguous()
     if w.dtype is not torch.float32 or w.stride(0) != 1:
         w = w.float().contiguous()
-    size = x.shape[-1]
-    y = torch.empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    steps, size = x.stride(), x.shape[-1]
+    inner, inner_step = 1, 0
+    if len(steps) == 3 and steps[2] == 1:
+        inner, inner_step = x.shape[1], steps[1]
+    elif len(steps) != 2 or steps[1] != 1:
+        x = x.contiguous()
+        steps = (size,)
     rows = y.numel() // max(1, size)
-    inner, step = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
     per_task = max(1, TASK_NUMBERS // max(1, size))
-    call = describe(FORM, x.data_ptr(), 4 * x.stride(0), inner, 4 * step, residual, w.data_ptr(), y.data_ptr(), rows,
+    call = describe(FORM, x.data_ptr(), 4 * steps[0], inner, 4 * inner_step, residual, w.data_ptr(), y.data_ptr(), rows,
                     size, per_task, eps)  # fmt: skip
     run(task(), call, -(-rows // per_task))
     return y
@@ -84,12 +87,12 @@ def _run(x: Tensor, residual: int, w: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     """As the definition, for float32 x [..., D]."""
-    return _run(x, 0, w, eps).view(x.shape)
+    return _run(x, 0, w, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As the definition, for float32 x [..., D]; writes the sum over `residual` if that is contiguous."""
-    if residual.dtype != torch.float32 or residual.shape != x.shape:
+    if residual.dtype is not torch.float32 or residual.shape != x.shape:
         raise ValueError(f"The residual must be float32 {list(x.shape)}, not {residual.dtype} {list(residual.shape)}.")
     residual = residual.contiguous()
-    return _run(x, residual.data_ptr(), w, eps).view(x.shape), residual
+    return _run(x, residual.data_ptr(), w, eps), residual

@@ -101,21 +101,25 @@ def rope_kv(
 
     ValueError for dtypes and layouts that the engine does not make.
     """
-    for x in (q_THE, k_TKE, v_TKE, cos_sin):
-        if x.dtype != torch.float32 or x.stride(-1) != 1:
-            raise ValueError(f"q, k, v and the angles must be float32 with contiguous features, not {x.dtype}.")
-    for cache in (k_cache, v_cache):
-        if cache.dtype not in DTYPES or not cache[:1].is_contiguous():
-            raise ValueError(f"No such cache: {cache.dtype} {list(cache.shape)} with strides {cache.stride()}.")
-    tokens, heads, e = q_THE.shape
-    kv_heads, element = k_TKE.shape[1], k_cache.element_size()
-    per_task = max(1, TASK_NUMBERS // ((heads + 2 * kv_heads) * e))
+    q_steps, k_steps, v_steps = q_THE.stride(), k_TKE.stride(), v_TKE.stride()
+    k_cache_steps, v_cache_steps = k_cache.stride(), v_cache.stride()
+    (tokens, heads, e), (kv_heads, page) = q_THE.shape, k_cache.shape[1:3]
+    inside = (page * e, e, 1)
+    if q_steps[2] != 1 or k_steps[2] != 1 or v_steps[2] != 1 or cos_sin.stride(1) != 1:
+        raise ValueError("The features of q, k, v and the angles must be contiguous.")
+    if k_cache.dtype not in DTYPES or k_cache_steps[1:] != inside or v_cache_steps[1:] != inside:
+        raise ValueError(f"No such caches: {k_cache.dtype} with strides {k_cache_steps} and {v_cache_steps}.")
+    for x, dtype in ((q_THE, torch.float32), (k_TKE, torch.float32), (v_TKE, torch.float32), (cos_sin, torch.float32),
+                     (positions, torch.int64), (slot_mapping, torch.int64), (v_cache, k_cache.dtype)):  # fmt: skip
+        if x.dtype is not dtype:
+            raise ValueError(f"q, k, v and the angles must be float32, positions and slots int64, not {x.dtype}.")
+    element = k_cache.itemsize
+    per_task = max(1, TASK_NUMBERS // max(1, (heads + 2 * kv_heads) * e))
     positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
     call = describe(
-        "24q", q_THE.data_ptr(), 4 * q_THE.stride(0), 4 * q_THE.stride(1), heads, k_TKE.data_ptr(),
-        4 * k_TKE.stride(0), 4 * k_TKE.stride(1), v_TKE.data_ptr(), 4 * v_TKE.stride(0), 4 * v_TKE.stride(1), kv_heads,
-        e, cos_sin.shape[1], cos_sin.data_ptr(), 4 * cos_sin.stride(0), positions.data_ptr(), slot_mapping.data_ptr(),
-        k_cache.data_ptr(), element * k_cache.stride(0), v_cache.data_ptr(), element * v_cache.stride(0),
-        k_cache.shape[2], tokens, per_task,
+        "24q", q_THE.data_ptr(), 4 * q_steps[0], 4 * q_steps[1], heads, k_TKE.data_ptr(), 4 * k_steps[0],
+        4 * k_steps[1], v_TKE.data_ptr(), 4 * v_steps[0], 4 * v_steps[1], kv_heads, e, cos_sin.shape[1],
+        cos_sin.data_ptr(), 4 * cos_sin.stride(0), positions.data_ptr(), slot_mapping.data_ptr(), k_cache.data_ptr(),
+        element * k_cache_steps[0], v_cache.data_ptr(), element * v_cache_steps[0], page, tokens, per_task,
     )  # fmt: skip
     run(task(k_cache.dtype), call, -(-tokens // per_task))

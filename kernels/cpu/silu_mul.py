@@ -47,7 +47,7 @@ def task() -> int:
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """As the definition, for float32 gate_up [T, 2I]."""
-    if gate_up.dtype != torch.float32 or gate_up.shape[-1] % 2:
+    if gate_up.dtype is not torch.float32 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up must be float32 [T, 2I], not {gate_up.dtype} {list(gate_up.shape)}.")
     if gate_up.stride(1) != 1:
         gate_up = gate_up.contiguous()
