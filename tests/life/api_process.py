@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 
 from engine.messages import EngineOptions
@@ -30,4 +31,5 @@ async def main(settings: str, prompt_id: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background inherits it as ignored
     asyncio.run(main(sys.argv[1], int(sys.argv[2])))
