@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from server import settings as options
-
-VERSION = "0.1.0"
+from server.version import package_version
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="penstock", description="Serve an open-weight language model behind OpenAI's HTTP API.")
-    parser.add_argument("--version", action="version", version=f"penstock {VERSION}")
+    parser.add_argument("--version", action="version", version=f"penstock {package_version()}")
     commands = parser.add_subparsers(dest="command", metavar="serve | convert | bench | config")
     add = commands.add_parser
     for name, text in (("serve", "start the server"), ("config", "show every option, its value and its source")):

@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -272,8 +272,3 @@ def _check_together(settings: Settings) -> None:
             f"--host {settings.host} lets other machines in, and no key is set.\n"
             "Give --api-key KEY (or --api-key-file FILE), or --no-auth if everyone who reaches this port may use it."
         )
-
-
-def flags_of(argv: Sequence[str]) -> list[str]:
-    """The flags in a command line, without their values."""
-    return [word.split("=", 1)[0] for word in argv if word.startswith("--")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
@@ -17,20 +16,13 @@ from server.auth import Keys
 from server.logs import Trace
 from server.metrics import Metrics
 from server.model_info import ModelInfo
+from server.version import package_version
 
 if TYPE_CHECKING:
     from server.chat_template import ChatTemplates
     from server.engine_client import EngineClient
     from server.settings import Settings
     from server.tokenizer import Tokenizer
-
-
-def package_version() -> str:
-    """The installed version; a bare checkout says so."""
-    try:
-        return version("penstock")
-    except PackageNotFoundError:
-        return "0+source"
 
 
 @dataclass(kw_only=True)
