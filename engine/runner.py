@@ -280,7 +280,7 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
         cache_tokens=config.num_blocks * BLOCK_SIZE,
         max_sequences=config.max_sequences,
         max_batch_tokens=config.max_batch_tokens,
-        decisions=[*decisions, *chosen],
+        decisions=[*decisions, *chosen, *(Decision("note", "checkpoint", note) for note in checkpoint.notes)],
         ledger=ledger,
     )
 

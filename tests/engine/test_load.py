@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,13 @@ def test_a_loaded_engine_is_new_and_says_what_was_chosen_and_how_long_it_took(fo
     answer = run(engine, [asked])[0]
     assert answer.cached == 0
     assert answer.tokens == run(make_engine(make_runner(folder, kernels)), [asked])[0].tokens
+
+
+def test_what_a_checkpoint_asks_for_and_does_not_get_is_said_at_start(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "modeling.Config"}}))
+    _, ready = load_engine(options_for(folder), lambda progress: None)
+    assert ["auto_map" in decision.reason for decision in ready.decisions if decision.name == "note"] == [True]
 
 
 def header_bytes(folder: Path) -> int:
