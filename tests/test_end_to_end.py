@@ -100,7 +100,8 @@ def test_the_default_model_knows_the_capital_of_france(served: Served) -> None:
     assert "".join(pieces) == whole.choices[0].message.content
 
 
-def test_prompt_logprobs_over_http_equal_transformers(served: Served, smollm2_dir: Path) -> None:
+def test_prompt_logprobs_over_http_equal_transformers(smollm2_dir: Path, tmp_path: Path) -> None:
+    """In float32, weights and cache, as the reference computes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     text = "Water boils at one hundred degrees, as every cook in Paris knows; Привет, 世界! 12345"
@@ -108,21 +109,15 @@ def test_prompt_logprobs_over_http_equal_transformers(served: Served, smollm2_di
     model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
-        logits = model(ids).logits[0].float().log_softmax(-1)
+        logits = model(ids).logits[0].log_softmax(-1)
     wanted = logits[:-1].gather(1, ids[0, 1:, None])[:, 0]
-    body = {
-        "model": "SmolLM2-135M-Instruct",
-        "prompt": text,
-        "echo": True,
-        "max_tokens": 1,
-        "logprobs": 0,
-        "temperature": 0,
-    }
-    answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=120).json()
-    got = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(ids[0])]
-    # Our cache holds bfloat16, as the checkpoint does; the reference computes in float32 throughout.
-    assert torch.allclose(torch.tensor(got), wanted, atol=0.05)
-    assert (torch.tensor(got) - wanted).abs().mean() < 0.01
+    body = {"prompt": text, "echo": True, "max_tokens": 1, "logprobs": 0, "temperature": 0}
+    with Served(smollm2_dir, tmp_path / "log", "--dtype", "float32") as server:
+        server.wait()
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).json()
+    got = answer["choices"][0]["logprobs"]["token_logprobs"]
+    assert len(got) == len(ids[0]) + 1
+    assert torch.allclose(torch.tensor(got[1:-1]), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "seed": 11, "top_p": 0.95}])
@@ -144,8 +139,10 @@ def test_a_client_that_leaves_frees_its_blocks(served: Served) -> None:
     with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60) as response:
         next(response.iter_lines())
     deadline = time.monotonic() + 20
-    while "kv_cache_usage_perc" in (text := httpx.get(f"{served.url}/metrics").text):
+    while True:
+        text = httpx.get(f"{served.url}/metrics").text
         gauges = [line for line in text.splitlines() if "kv_cache_usage_perc{" in line or "_running{" in line]
+        assert len(gauges) == 2
         if all(line.endswith(" 0.0") for line in gauges):
             break
         assert time.monotonic() < deadline, gauges
