@@ -55,9 +55,13 @@ def test_a_kernel_that_writes_to_a_wrong_slot_is_named(cache_dir: Path) -> None:
     assert line.startswith("rope_kv (error ")
 
 
-def test_a_sampler_that_forgets_top_k_is_named(cache_dir: Path) -> None:
-    def forgetful(logits: Tensor, temperature: Tensor, top_k: Tensor, *rest: Tensor) -> Tensor:
-        return definitions().sample(logits, temperature, top_k * 0, *rest)
+@pytest.mark.parametrize(("argument", "off"), [("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)])
+def test_a_sampler_that_forgets_a_parameter_is_named(argument: str, off: float, cache_dir: Path) -> None:
+    names = ("logits", "temperature", "top_k", "top_p", "min_p", "uniform")
+
+    def forgetful(*args: Tensor) -> Tensor:
+        known = dict(zip(names, args, strict=True))
+        return definitions().sample(**known | {argument: torch.full_like(known[argument], off)})
 
     (line,) = check(replace(definitions(), sample=forgetful), cache_dir)
     assert line.startswith("sample (error ")
