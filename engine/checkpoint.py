@@ -2,6 +2,7 @@
 
 Knows Hugging Face's layout: config.json, generation_config.json, model.safetensors or shards with an index. Opens
 nothing but JSON and safetensors: no pickle, no code from the folder. Opening reads headers only and imports no torch.
+With load format "dummy" config.json is all that is read, and the weights are drawn (engine/dummy.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from engine.models.llama import LlamaForCausalLM as CausalLM
     from kernels import Kernels
 
+LOAD_FORMATS = ("auto", "dummy")
 MAX_CONFIG_BYTES = 4_000_000
 MAX_INDEX_BYTES = 50_000_000
 MAX_FAULTS_SHOWN = 4
@@ -42,6 +44,7 @@ class Checkpoint:
     model_config: ModelConfig
     tensors: dict[str, TensorInfo]
     notes: tuple[str, ...] = field(default=())  # what a person may want to know at start
+    is_dummy: bool = False  # no weights are read: they are drawn
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -58,15 +61,20 @@ class Checkpoint:
         return sizes.most_common(1)[0][0] if sizes else "float32"
 
 
-def open_checkpoint(directory: str | Path) -> Checkpoint:
-    """Reads a folder's JSON files and tensor headers. CheckpointError says what is wrong and what to do."""
+def open_checkpoint(directory: str | Path, load_format: str = "auto") -> Checkpoint:
+    """Reads a folder's JSON files and tensor headers. CheckpointError says what is wrong and what to do.
+
+    load_format "dummy" looks for no tensors: `Checkpoint.tensors` is what the model asks for.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise CheckpointError(f"--load-format {load_format} is not known; use one of {', '.join(LOAD_FORMATS)}.")
     try:
-        return _open(Path(directory))
+        return _open(Path(directory), is_dummy=load_format == "dummy")
     except OSError as error:
         raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror}.") from None
 
 
-def _open(path: Path) -> Checkpoint:
+def _open(path: Path, *, is_dummy: bool) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} {'is a file, not a model folder' if path.exists() else 'does not exist'}.")
     if not (path / "config.json").exists():
@@ -77,6 +85,11 @@ def _open(path: Path) -> Checkpoint:
         generation_config = read_json(_inside(path, "generation_config.json"), MAX_CONFIG_BYTES)
     model_config = read_model_config(config, generation_config)
     notes = ("The folder brings its own code (auto_map); it is not run.",) if "auto_map" in config else ()
+    if is_dummy:
+        from engine.dummy import NOTE, dummy_tensors
+
+        tensors = dummy_tensors(model_config)
+        return Checkpoint(path, config, generation_config, model_config, tensors, (*notes, NOTE), is_dummy=True)
     return Checkpoint(path, config, generation_config, model_config, _read_headers(path), notes)
 
 
@@ -110,10 +123,14 @@ def load_model(
 
 
 def _fill(model: CausalLM, checkpoint: Checkpoint, place: Placement, progress: Callable[[float, float], None]) -> None:
-    """Layer by layer, tensor by tensor: mapped, cast into its place, unmapped."""
+    """Layer by layer, tensor by tensor: mapped, cast into its place, unmapped; or drawn in its place."""
+    from engine.dummy import draw
 
     def read(name: str, out: torch.Tensor) -> None:
-        out.copy_(read_tensor(checkpoint.tensors[name]))
+        if checkpoint.is_dummy:
+            draw(name, out)
+        else:
+            out.copy_(read_tensor(checkpoint.tensors[name]))
 
     sizes = [sum(checkpoint.tensors[name].nbytes for name in layer.shapes()) for layer in model.weights.layers]
     done = 0

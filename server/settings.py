@@ -57,6 +57,9 @@ class Settings:
     generation_config: str = _option(
         "model", "auto: sampling defaults from generation_config.json; none: OpenAI's", "auto", choices=("auto", "none")
     )
+    load_format: str = _option(
+        "model", "auto: the model's weights; dummy: random ones for its config.json", "auto", choices=("auto", "dummy")
+    )
     dtype: str = _option(
         "model", "number type of weights and cache", "auto", choices=("auto", "float32", "float16", "bfloat16")
     )
