@@ -23,6 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.floor import least, machine, measure
 from kernels import cpu, definitions
 from kernels.cpu import threads
 from kernels.cpu.rms_norm import FORM as NORM_FORM
@@ -43,28 +44,6 @@ def say(text: str) -> None:
     lines.append(text)
 
 
-def least(candidates: Candidates, seconds: float = 0.4, turns: int = 3) -> dict[str, float]:
-    """The least time of each candidate in at least `turns` turns and about `seconds` in all.
-
-    Before each, a pause and a call that does not count: OpenMP's threads spin for milliseconds after torch's work, and
-    would take a core from whoever is next.
-    """
-    best = dict.fromkeys(candidates, float("inf"))
-    end, turn = time.perf_counter() + seconds, 0
-    while turn < turns or time.perf_counter() < end:
-        for name, call in candidates.items():
-            time.sleep(0.005)
-            call()
-            for _ in range(3):
-                start = time.perf_counter()
-                call()
-                best[name] = min(best[name], time.perf_counter() - start)
-                if best[name] > 0.02:
-                    break
-        turn += 1
-    return best
-
-
 def in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
     """One call that makes each of `calls` in turn, one at a time."""
     position = [0]
@@ -76,25 +55,9 @@ def in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
     return call
 
 
-def machine(count: int) -> str:
-    """What the figures were taken on."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    lines = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in lines.items()}
-    flags = set(fields.get("flags", "").split())
-    known = [f for f in ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-    load = os.getloadavg()[0]
-    return (
-        f"{date.today()}, {fields.get('model name', os.uname().machine)}, {os.cpu_count()} cores, {count} threads, "
-        f"{' '.join(known)}, torch {torch.__version__}, load {load:.1f}"
-    )
-
-
-def floor() -> str:
-    """Read bandwidth: the sum of 256 MiB by torch's threads."""
-    data = torch.ones(64 << 20)
-    seconds = least({"read": data.sum}, 1.0)["read"]
-    return f"memory read {data.nbytes / seconds / 1e9:.1f} GB/s"
+def floor(count: int) -> str:
+    """What the machine does at its best: the bound for every figure here."""
+    return f"the machine {measure('cpu', 'float32', SHAPES[0], count)}"
 
 
 def time_linear() -> None:
@@ -221,10 +184,11 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         cpu.warm(dtype)
     say(machine(options.threads))
-    say(f"{floor()}; kernels ready in {time.perf_counter() - start:.1f} s, {threads.compiled_now()} compiled now")
+    ready = time.perf_counter() - start
+    say(f"{floor(options.threads)}; kernels ready in {ready:.1f} s, {threads.compiled_now()} compiled now")
     for name in options.tables or TABLES:
         TABLES[name]()
-    say(f"\nat the end: {floor()}, load {os.getloadavg()[0]:.1f}")
+    say(f"\nat the end: {floor(options.threads)}, load {os.getloadavg()[0]:.1f}")
     if options.save:
         path = Path(__file__).parent / "results" / f"kernels-{date.today()}.txt"
         path.write_text("\n".join(["$ python benchmarks/kernels.py", *lines]) + "\n")

@@ -3,6 +3,7 @@
 penstock serve [MODEL] [options]      the server
 penstock convert FILE.gguf DIR        a GGUF file as an ordinary Hugging Face folder
 penstock bench serve [options]        load any OpenAI-compatible server
+penstock bench engine [MODEL]         time the engine's steps, without HTTP, beside the machine's floor
 penstock config [MODEL] [options]     every option, its value and where it came from
 """
 
@@ -12,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,8 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="of the weights"
     )
-    bench = add("bench", help="measure a server").add_subparsers(dest="what", metavar="serve", required=True)
+    bench = add("bench", help="measure a server").add_subparsers(dest="what", metavar="serve | engine", required=True)
     bench.add_parser("serve", help="load any OpenAI-compatible server", add_help=False)
+    bench.add_parser("engine", help="time the engine's steps, without HTTP", add_help=False)
     return parser
 
 
@@ -54,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if complaint := foreign_packages():
         print(complaint, file=sys.stderr)
         return 1
-    if argv[:2] == ["bench", "serve"]:
-        return _bench(argv[2:])
+    if argv[:1] == ["bench"] and argv[1:2] in (["serve"], ["engine"]):
+        return _bench(argv[1], argv[2:])
     args = _parser().parse_args(argv)
     if args.command in ("serve", "config"):
         return _serve_or_config(args)
@@ -116,12 +119,16 @@ def _show_progress(done: float, total: float) -> None:
         print(f"\rconverting {done / total:4.0%}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
 
 
-def _bench(argv: list[str]) -> int:
-    from benchmarks import serve as bench
-
-    parser = argparse.ArgumentParser(prog="penstock bench serve", description=bench.__doc__, allow_abbrev=False)
+def _bench(what: str, argv: list[str]) -> int:
+    bench = import_module(f"benchmarks.{what}")
+    parser = argparse.ArgumentParser(
+        prog=f"penstock bench {what}",
+        description=bench.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     bench.add_arguments(parser)
-    return bench.main(parser.parse_args(argv))
+    return int(bench.main(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -53,14 +53,9 @@ def locate(
 ) -> Located:
     """The folder for `model`; without one, the default model's. Blocks while it converts or downloads.
 
-    For load_format "dummy" no weights are fetched, and a folder without a tokenizer gets a stand-in.
-    Raises SourceError.
+    For load_format "dummy" no weights are fetched. Raises SourceError.
     """
-    located = _locate(model, revision, dtype, report or (lambda phase, done, total: None), load_format)
-    return _with_tokenizer(located) if load_format == "dummy" else located
-
-
-def _locate(model: str | None, revision: str | None, dtype: str, report: Report, load_format: str) -> Located:
+    report = report or (lambda phase, done, total: None)
     if model is None:
         return _default_model(dtype, report)
     path = Path(model).expanduser()
@@ -140,8 +135,11 @@ def _converted(file: Path, dtype: str, how: str, report: Report) -> Located:
     return Located(folder, f"{how}, converted once into {folder}", {"convert": time.monotonic() - began})
 
 
-def _with_tokenizer(located: Located) -> Located:
-    """The same model with a stand-in tokenizer if it has none, in a folder of the cache."""
+def with_tokenizer(located: Located) -> Located:
+    """For random weights: the same model with a stand-in tokenizer if it has none, in a folder of the cache.
+
+    Raises SourceError.
+    """
     folder = located.folder
     vocab_size = read_model_info(folder).vocab_size
     if (folder / "tokenizer.json").is_file() or vocab_size is None:  # the engine says what is wrong with config.json

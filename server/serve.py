@@ -214,7 +214,7 @@ async def _engine_verdict(client: EngineClient) -> str | None:
 
 async def _locate(state: ServerState) -> Located:
     """The model's folder; /ready shows how far a conversion or download is."""
-    from server.model_source import locate
+    from server.model_source import locate, with_tokenizer
 
     loop = asyncio.get_running_loop()
 
@@ -222,9 +222,9 @@ async def _locate(state: ServerState) -> Located:
         loop.call_soon_threadsafe(state.client.receive, Progress(phase, done, total))
 
     settings = state.settings
-    return await asyncio.to_thread(
-        locate, settings.model, settings.revision, report=report, load_format=settings.load_format
-    )
+    load_format = settings.load_format
+    located = await asyncio.to_thread(locate, settings.model, settings.revision, report=report, load_format=load_format)
+    return await asyncio.to_thread(with_tokenizer, located) if load_format == "dummy" else located
 
 
 async def _first_token(state: ServerState) -> None:
