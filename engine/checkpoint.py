@@ -111,13 +111,16 @@ def load_model(
     Memory peaks at the model plus one layer's weight, and one tensor's pages of the file.
     """
     from engine.layers.placement import Placement
+    from engine.layers.weights import Weights
 
     config = _settle_head(checkpoint)
-    model = model_class(config.architecture)(config, kernels)
+    family = model_class(config.architecture)
+    model = family(config, Weights(kernels, family.FUSED))
     shapes = {name: shape for layer in model.weights.layers for name, shape in layer.shapes().items()}
     _check_tensors(checkpoint, shapes, tied=config.tie_word_embeddings)
     place = Placement(device, dtype, linear_form or _measure_form(model, device, dtype, kernels))
-    model.rope.build(max_positions or config.context_length, device)
+    for table in model.weights.tables.values():
+        table.build(max_positions or config.context_length, device)
     _fill(model, checkpoint, place, progress)
     return model
 

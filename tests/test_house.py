@@ -44,7 +44,10 @@ def test_the_api_process_imports_no_torch_transformers_or_numpy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["engine.messages", "engine.scheduler", "engine.engine", "kernels"])
+FAMILY_FILES = [name.removesuffix(".py").replace("/", ".") for name in tracked("engine/models/[a-z]*.py")]
+
+
+@pytest.mark.parametrize("name", ["engine.messages", "engine.scheduler", "engine.engine", "kernels", *FAMILY_FILES])
 def test_light_modules_stay_light(name: str) -> None:
     code = f"import sys, {name}\nbad = {{'torch', 'numpy', 'triton'}} & set(sys.modules)\nassert not bad, bad"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)

@@ -1,22 +1,26 @@
 """Angles of rotary position embedding as one table of cosines and sines, computed as transformers does, in float32.
 
-Knows the scalings: default, linear, dynamic (NTK), llama3, yarn. Knows neither heads nor caches: kernels/rope_kv.py
-applies the table.
+Knows the scalings: default, linear, dynamic (NTK), llama3, yarn, longrope. Knows neither heads nor caches:
+kernels/rope_kv.py applies the table.
 
 The table is a function of the position alone, so that chunks, cached prefixes and neighbours cannot change a token's
 angles. For `dynamic` that fixes what a position beyond the original window means: position p uses the base for a
 sequence of p + 1 tokens, which is what transformers does when it decodes token by token. (Given a longer prompt at
 once, transformers turns all its positions by the base for the whole prompt, and keeps what it cached by other bases.)
+For `longrope` the table's size decides: one that reaches past the original window has the long factors everywhere, as
+a sequence of that length has in transformers; a server whose context stays within it has the short ones.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from engine.model_config import Rope
+from engine.rope_config import Rope
 
 CHUNK = 8192  # positions at a time, so that the temporaries stay small beside the table
 
@@ -24,40 +28,47 @@ CHUNK = 8192  # positions at a time, so that the temporaries stay small beside t
 
 
 class RotaryTable:
-    """cos_sin float32 [positions, rot], cosines first; shared by all layers, filled by `build` when sizes are known."""
+    """cos_sin float32 [positions, rot], cosines first; shared by layers, filled by `build` when sizes are known.
 
-    __slots__ = ("cos_sin", "rope", "rot")
+    Without a rope rot is 0: nothing is turned.
+    """
 
-    def __init__(self, rope: Rope, rot: int) -> None:
-        self.rope, self.rot = rope, rot
-        self.cos_sin = torch.empty(0, rot)
+    __slots__ = ("cos_sin", "rope")
+
+    def __init__(self, rope: Rope | None) -> None:
+        self.rope = rope
+        self.cos_sin = torch.empty(0, rope.rotary if rope else 0)
 
     def build(self, num_positions: int, device: torch.device) -> None:
-        self.cos_sin = cos_sin_table(self.rope, self.rot, num_positions).to(device)
+        table = cos_sin_table(self.rope, num_positions) if self.rope else torch.empty(num_positions, 0)
+        self.cos_sin = table.to(device)
 
 
-def cos_sin_table(rope: Rope, rot: int, num_positions: int) -> Tensor:
-    """float32 [num_positions, rot]: cosines, then sines, of rot / 2 angles, times yarn's attention factor."""
+def cos_sin_table(rope: Rope, num_positions: int) -> Tensor:
+    """float32 [num_positions, rot]: cosines, then sines, of rot / 2 angles, times the attention factor."""
+    rot = rope.rotary
     table = torch.empty(num_positions, rot)
     scale = attention_factor(rope)
+    if rope.kind == "longrope" and num_positions <= rope.original_window:
+        rope = replace(rope, long_factors=rope.short_factors)
     for positions in torch.arange(num_positions).split(CHUNK):
-        angles_PF = positions[:, None].float() * inverse_frequencies(rope, rot, positions)
+        angles_PF = positions[:, None].float() * SCALINGS[rope.kind](rope, rot, positions)
         rows = slice(int(positions[0]), int(positions[-1]) + 1)
         table[rows] = torch.cat([angles_PF.cos() * scale, angles_PF.sin() * scale], dim=-1)
     return table
 
 
-def inverse_frequencies(rope: Rope, rot: int, positions: Tensor) -> Tensor:
-    """Radians per position: float32 [F], or [P, F] where the scaling depends on the position."""
-    return SCALINGS[rope.kind](rope, rot, positions)
-
-
 def attention_factor(rope: Rope) -> float:
-    """Yarn's temperature on q and k. Peng et al. 2023, arXiv 2309.00071, section 3.4; mscale as in DeepSeek-V2."""
-    if rope.kind != "yarn":
+    """The temperature on q and k of yarn and longrope.
+
+    Peng et al. 2023, arXiv 2309.00071, section 3.4, with mscale as in DeepSeek-V2; Ding et al. 2024, arXiv 2402.13753.
+    """
+    if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.kind == "longrope":
+        return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_window))
     if rope.mscale and rope.mscale_all_dim:
         return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
     return _mscale(rope.factor, 1.0)
@@ -117,9 +128,21 @@ def _yarn(rope: Rope, rot: int, positions: Tensor) -> Tensor:
     return stretched * (1 - keep) + kept * keep
 
 
+def _longrope(rope: Rope, rot: int, positions: Tensor) -> Tensor:
+    """A divisor of its own for each frequency. Ding et al. 2024, arXiv 2402.13753."""
+    return 1.0 / (torch.tensor(rope.long_factors) * _powers(rope.theta, rot))
+
+
 def _dimension_of(turns: float, rope: Rope, rot: int) -> float:
     """The dimension that turns so often within the original window."""
     return rot * math.log(rope.original_window / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
-SCALINGS = {"default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
+SCALINGS: dict[str, Callable[[Rope, int, Tensor], Tensor]] = {  # radians per position: float32 [F] or [P, F]
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

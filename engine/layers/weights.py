@@ -1,4 +1,4 @@
-"""The weighted layers of a model under their checkpoint names.
+"""The weighted layers of a model under their checkpoint names, and the rotary tables that they share.
 
 A model's constructor asks for its layers by name and gets them empty; the loader (engine/checkpoint.py) compares the
 `shapes()` of all with the files, then calls `load` on each. Models know no files, the loader knows no layer's inside.
@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from engine.layers.attention import PagedAttention
 from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.layers.placement import Layer
+from engine.layers.rope import RotaryTable
+from engine.rope_config import Rope
 from kernels import Kernels
 
 
@@ -24,6 +27,7 @@ class Weights:
     fused: Mapping[str, tuple[str, ...]]  # our name -> the checkpoint's projections that it stacks
     prefix: str = ""
     layers: list[Layer] = field(default_factory=list)
+    tables: dict[Rope | None, RotaryTable] = field(default_factory=dict)
 
     def linears(self) -> list[Linear]:
         return [layer for layer in self.layers if isinstance(layer, Linear)]
@@ -32,12 +36,19 @@ class Weights:
         return replace(self, prefix=f"{self.prefix}{path}.")
 
     def linear(self, name: str, in_features: int, *out_features: int, bias: bool = False) -> Linear:
-        """`out_features` has one size for each of `fused[name]`, or the one of a projection that stands alone."""
-        names = self.fused.get(name, (name,))
-        parts = {self.prefix + part: size for part, size in zip(names, out_features, strict=True)}
+        """`out_features` has one size per name in `fused[name]`; their sum where the checkpoint has one projection."""
+        names, sizes = self.fused.get(name, (name,)), out_features
+        if name not in self.fused:
+            sizes = (sum(out_features),)
+        parts = {self.prefix + part: size for part, size in zip(names, sizes, strict=True)}
         layer = Linear(parts, in_features, bias)
         self.layers.append(layer)
         return layer
+
+    def paged_attention(self, rope: Rope | None, scale: float, window: int) -> PagedAttention:
+        """Layers with the same rope share its table."""
+        table = self.tables.setdefault(rope, RotaryTable(rope))
+        return PagedAttention(self.kernels, table, scale, window)
 
     def norm(self, name: str, size: int, eps: float) -> RMSNorm:
         layer = RMSNorm(self.prefix + name, size, eps, self.kernels)

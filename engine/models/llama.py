@@ -1,21 +1,25 @@
 """Llama: a pre-norm decoder with rotary attention and a gated MLP. Touvron et al. 2023, arXiv 2302.13971.
 
-Read from the top: the model, its layers, their attention and MLP. The families that differ in one part (mistral.py,
-qwen2.py, qwen3.py) replace that part.
+Read from the top: how config.json is read, the model, its layers, their attention and MLP. The other families replace
+the parts in which they differ. A family's file imports no torch, so that a checkpoint can be opened without it: it gets
+its layers, empty, from `weights`.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from engine.config_fields import Fields
+from engine.model_config import ModelConfig, read_decoder
 
-from engine.batch import Batch, LayerCache
-from engine.layers.attention import PagedAttention
-from engine.layers.rope import RotaryTable
-from engine.layers.weights import Weights
-from engine.model_config import ModelConfig
-from kernels import Kernels
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.batch import Batch, LayerCache
+    from engine.layers.attention import PagedAttention
+    from engine.layers.weights import Weights
 
 # T tokens in the step, L rows whose logits are wanted, D hidden, I intermediate, H query heads, K kv heads,
 # E head dim, V vocabulary
@@ -24,26 +28,37 @@ from kernels import Kernels
 class LlamaForCausalLM:
     """Token ids to logits. Built empty and without allocating; `engine.checkpoint.load_model` fills it."""
 
+    # what transformers assumes for a key that is absent from config.json (null is a value of its own)
+    ABSENT: ClassVar[dict[str, Any]] = {"max_position_embeddings": 2048}
+    # our name -> the checkpoint's projections that it stacks
     FUSED: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
-    def __init__(self, config: ModelConfig, kernels: Kernels):
+    @staticmethod
+    def read_config(fields: Fields) -> ModelConfig:
+        bias = fields.flag("attention_bias", default=False)
+        mlp_bias = fields.flag("mlp_bias", default=False)
+        return replace(read_decoder(fields), qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
+
+    def __init__(self, config: ModelConfig, weights: Weights):
         d, v, tied = config.hidden_size, config.vocab_size, config.tie_word_embeddings
-        self.config, self.kernels = config, kernels
-        self.weights = Weights(kernels, self.FUSED)
-        self.rope = RotaryTable(config.rope, config.head_dim)
-        self.embed_tokens = self.weights.embedding("model.embed_tokens", v, d, tied)
-        self.layers = [self.layer(i, self.weights.at(f"model.layers.{i}")) for i in range(config.num_layers)]
-        self.norm = self.weights.norm("model.norm", d, config.rms_norm_eps)
-        self.lm_head = self.embed_tokens.project if tied else self.weights.linear("lm_head", d, v)
+        self.config, self.weights = config, weights
+        self.embed_tokens = weights.embedding("model.embed_tokens", v, d, tied)
+        self.layers = [self.layer(i, weights.at(f"model.layers.{i}")) for i in range(config.num_layers)]
+        self.norm = weights.norm("model.norm", d, config.norm_eps)
+        self.lm_head: Callable[[Tensor], Tensor]
+        self.lm_head = self.embed_tokens.project if tied else weights.linear("lm_head", d, v)
 
     def layer(self, index: int, weights: Weights) -> DecoderLayer:
-        attend = PagedAttention(self.kernels, self.rope, self.config.head_dim**-0.5, self.config.windows[index])
-        return DecoderLayer(self.config, weights, self.attention(weights.at("self_attn"), attend))
+        return DecoderLayer(self.config, weights, self.attention(weights.at("self_attn"), self.attend(index)))
+
+    def attend(self, index: int) -> PagedAttention:
+        """The cache's side of a layer's attention: its rope, its scale, its window."""
+        config = self.config
+        return self.weights.paged_attention(config.ropes[index], config.attention_scale, config.windows[index])
 
     def attention(self, weights: Weights, attend: PagedAttention) -> Attention:
-        """Where the families differ."""
-        bias = self.config.attention_bias
-        return Attention(self.config, weights, attend, qkv_bias=bias, out_bias=bias)
+        """Where most families differ."""
+        return Attention(self.config, weights, attend)
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
         """Final hidden states [T, D]; K and V of the batch's tokens are written to the caches, one per layer."""
@@ -62,11 +77,9 @@ class DecoderLayer:
     """h = r + attention(norm(r)); h + mlp(norm(h)). The last addition is left to whoever norms next."""
 
     def __init__(self, config: ModelConfig, weights: Weights, attention: Attention):
-        self.input_layernorm = weights.norm("input_layernorm", config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = weights.norm("input_layernorm", config.hidden_size, config.norm_eps)
         self.self_attn = attention
-        self.post_attention_layernorm = weights.norm(
-            "post_attention_layernorm", config.hidden_size, config.rms_norm_eps
-        )
+        self.post_attention_layernorm = weights.norm("post_attention_layernorm", config.hidden_size, config.norm_eps)
         self.mlp = MLP(config, weights.at("mlp"))
 
     def __call__(
@@ -85,10 +98,10 @@ class DecoderLayer:
 class Attention:
     """Grouped-query: H query heads share K heads of keys and values. Ainslie et al. 2023, arXiv 2305.13245."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, attend: PagedAttention, qkv_bias: bool, out_bias: bool):
+    def __init__(self, config: ModelConfig, weights: Weights, attend: PagedAttention):
         d, e, h, k = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
-        self.qkv_proj = weights.linear("qkv_proj", d, h * e, k * e, k * e, bias=qkv_bias)
-        self.o_proj = weights.linear("o_proj", h * e, d, bias=out_bias)
+        self.qkv_proj = weights.linear("qkv_proj", d, h * e, k * e, k * e, bias=config.qkv_bias)
+        self.o_proj = weights.linear("o_proj", h * e, d, bias=config.out_bias)
         self.attend = attend
         self.heads = (h, k, k)
         self.all_heads = (-1, h + 2 * k, e)

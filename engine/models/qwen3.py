@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine.layers.attention import PagedAttention
-from engine.layers.weights import Weights
-from engine.model_config import ModelConfig
+from engine.config_fields import Fields
+from engine.model_config import ModelConfig, read_decoder
 from engine.models.llama import Attention, LlamaForCausalLM
+from engine.models.qwen2 import Qwen2ForCausalLM, upper_windows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.layers.attention import PagedAttention
+    from engine.layers.weights import Weights
 
 # T tokens in the step, D hidden, H query heads, K kv heads, E head dim
 
@@ -16,9 +23,9 @@ class NormedAttention(Attention):
     """Attention with RMSNorm over E of q and k, one weight for all heads, before they are rotated."""
 
     def __init__(self, config: ModelConfig, weights: Weights, attend: PagedAttention):
-        super().__init__(config, weights, attend, qkv_bias=config.attention_bias, out_bias=config.attention_bias)
-        self.q_norm = weights.norm("q_norm", config.head_dim, config.rms_norm_eps)
-        self.k_norm = weights.norm("k_norm", config.head_dim, config.rms_norm_eps)
+        super().__init__(config, weights, attend)
+        self.q_norm = weights.norm("q_norm", config.head_dim, config.norm_eps)
+        self.k_norm = weights.norm("k_norm", config.head_dim, config.norm_eps)
 
     def qkv(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_THE, k_TKE, v_TKE = super().qkv(x_TD)
@@ -27,6 +34,13 @@ class NormedAttention(Attention):
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
     """Upper layers may see a window, as in Qwen2."""
+
+    ABSENT: ClassVar[dict[str, Any]] = Qwen2ForCausalLM.ABSENT | {"head_dim": 128}
+
+    @staticmethod
+    def read_config(fields: Fields) -> ModelConfig:
+        found, bias = read_decoder(fields), fields.flag("attention_bias", default=False)
+        return replace(found, qkv_bias=bias, out_bias=bias, windows=upper_windows(fields, found.num_layers))
 
     def attention(self, weights: Weights, attend: PagedAttention) -> Attention:
         return NormedAttention(self.config, weights, attend)

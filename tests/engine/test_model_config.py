@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, PretrainedConfig
 
+from engine.config_fields import shown
 from engine.errors import CheckpointError
-from engine.model_config import read_model_config, shown
+from engine.model_config import read_model_config
 from tests.engine.tiny import ARCHITECTURES, random_config
 
 
@@ -30,12 +31,12 @@ def assert_read_as_transformers_does(config: dict[str, Any]) -> None:
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
     assert ours.windows == transformers_windows(theirs, ours.architecture)
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
-    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.max_position_embeddings == theirs.max_position_embeddings
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert ours.rope.kind == theirs.rope_parameters["rope_type"]
+    assert ours.ropes[0].theta == theirs.rope_parameters["rope_theta"]
+    assert ours.ropes[0].kind == theirs.rope_parameters["rope_type"]
     if ours.architecture == "LlamaForCausalLM":
-        assert (ours.attention_bias, ours.mlp_bias) == (theirs.attention_bias, theirs.mlp_bias)
+        assert (ours.qkv_bias, ours.mlp_bias) == (theirs.attention_bias, theirs.mlp_bias)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

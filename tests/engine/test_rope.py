@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.layers.rope import CHUNK, cos_sin_table
-from engine.model_config import MAX_POSITIONS, read_model_config
+from engine.model_config import read_model_config
+from engine.rope_config import MAX_POSITIONS
 from tests.engine.tiny import random_config
 
 
@@ -57,13 +58,13 @@ def test_table_equals_transformers(kind: str, seed: int) -> None:
     scaling = draw_scaling(kind, rng)
     print(scaling)
     ours, module = both(scaling, seed)
-    table = cos_sin_table(ours.rope, ours.head_dim, 2000)
+    table = cos_sin_table(ours.ropes[0], 2000)
     assert torch.equal(table, reference(module, torch.arange(2000)))
 
 
 def test_table_does_not_depend_on_the_size_of_its_chunks() -> None:
     ours, module = both({"rope_type": "yarn", "factor": 8.0}, seed=3)
-    table = cos_sin_table(ours.rope, ours.head_dim, CHUNK + 100)
+    table = cos_sin_table(ours.ropes[0], CHUNK + 100)
     assert torch.equal(table[CHUNK - 5 :], reference(module, torch.arange(CHUNK - 5, CHUNK + 100)))
 
 
@@ -71,7 +72,7 @@ def test_table_does_not_depend_on_the_size_of_its_chunks() -> None:
 def test_dynamic_table_equals_transformers_within_the_window_and_token_by_token_beyond(factor: float) -> None:
     window = 50
     ours, module = both({"type": "dynamic", "factor": factor}, seed=1, max_position_embeddings=window)
-    table = cos_sin_table(ours.rope, ours.head_dim, 4 * window)
+    table = cos_sin_table(ours.ropes[0], 4 * window)
     assert torch.equal(table[:window], reference(module, torch.arange(window)))
     one_by_one = torch.cat([reference(module, torch.tensor([p])) for p in range(window, 4 * window)])
     torch.testing.assert_close(table[window:], one_by_one, rtol=0, atol=2e-5)  # 1 ulp of an angle of 200 is 1.5e-5
@@ -84,7 +85,7 @@ def test_old_and_new_config_styles_mean_the_same(kind: str) -> None:
     new = random_config("Qwen2ForCausalLM", 0, rope_parameters={"rope_theta": 5e5, **scaling})
     del new["rope_theta"]
     assert read_model_config(old) == read_model_config(new)
-    assert read_model_config(old).rope.theta == 5e5
+    assert read_model_config(old).ropes[0].theta == 5e5
 
 
 @pytest.mark.parametrize(
