@@ -61,7 +61,7 @@ class Edge:
             return await self._app(scope, receive, send)
         method = scope["method"] if scope["method"] in METHODS else "other"
         trace = Trace(id=request_id(scope), started=time.monotonic(), method=method)
-        scope.setdefault("state", {}).update(trace=trace, send=send)
+        scope.setdefault("state", {})["trace"] = trace
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -15,7 +15,6 @@ from server.admission import Work, admit
 from server.detokenizer import Detokenizer
 from server.errors import RequestError, engine_fault
 from server.logs import Trace
-from server.metrics import Metrics
 from server.state import ServerState
 from server.text_scan import StopScanner
 
@@ -126,6 +125,7 @@ class Answer:
         self._state = state
         self._trace = trace
         self._stream = state.client.open(asks)
+        self._gaps = state.metrics.histograms["inter_token_latency_seconds"]
         self._open = set(range(len(asks)))
         self._closed = False
         self._texts: list[str] | None = [] if state.settings.log_prompts else None
@@ -133,10 +133,8 @@ class Answer:
 
     async def batches(self) -> AsyncGenerator[list[Piece], None]:
         """The pieces, as many at once as have come; raises RequestError when a sequence fails."""
-        metrics, client = self._state.metrics, self._state.client
         try:
             async for deltas in self._stream:
-                metrics.on_step(client.stats, client.restarts)
                 pieces, fault = self._take(deltas)
                 if pieces:
                     yield pieces
@@ -167,7 +165,7 @@ class Answer:
 
     def _take(self, deltas: list[tuple[int, Delta]]) -> tuple[list[Piece], RequestError | None]:
         now = time.monotonic()
-        pieces, fault = [], None
+        pieces, fault, tokens = [], None, 0
         for index, delta in deltas:
             choice = self.choices[index]
             failed = delta.finish == "error"
@@ -176,15 +174,19 @@ class Answer:
             if delta.tokens or not failed:
                 before, counted = choice.last, choice.num_tokens
                 pieces.append(choice.take(delta, now))
-                _observe(self._state.metrics, before, now, choice.num_tokens - counted)
+                taken = choice.num_tokens - counted
+                tokens += taken
                 if before is None:
                     self._note_first(choice, now)
+                elif taken:
+                    self._gaps.observe((now - before) / taken, taken)
             if choice.finish is not None:
                 self._close(choice, choice.finish)
                 self._stream.finish(index)  # for a stop string the engine does not know that it has ended
             elif failed:
                 fault = engine_fault(delta.error)
                 self._close(choice, "error")
+        self._state.metrics.add("generation_tokens", tokens)
         if self._texts is not None:
             self._texts += [piece.text for piece in pieces]
         return pieces, fault
@@ -238,12 +240,6 @@ class Answer:
         trace.last_token = max((c.last for c in self.choices if c.last is not None), default=None)
         if self._texts is not None:
             trace.output_text = "".join(self._texts)
-
-
-def _observe(metrics: Metrics, before: float | None, now: float, tokens: int) -> None:
-    metrics.add("generation_tokens", tokens)
-    if before is not None and tokens:
-        metrics.observe("inter_token_latency_seconds", (now - before) / tokens, tokens)
 
 
 async def fold(answer: Answer) -> list[Piece]:

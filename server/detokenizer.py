@@ -11,6 +11,7 @@ were already shown when the run turned out to be broken.
 from __future__ import annotations
 
 import codecs
+from codecs import utf_8_decode
 from collections.abc import Sequence
 from itertools import islice
 
@@ -26,7 +27,6 @@ def _each_byte(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("penstock_each_byte", _each_byte)
-_utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
@@ -36,7 +36,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special else frozenset()
         self._table, byte_level, self._strip = tokenizer.pieces
-        self._utf8 = _utf8("replace" if byte_level else "penstock_each_byte")
+        self._errors = "replace" if byte_level else "penstock_each_byte"
+        self._cut = b""  # the beginning of a character whose end has not come
         self._window: list[int] = []
         self._shown = 0  # ids of the window whose text is out
         self._shown_text = ""
@@ -59,12 +60,19 @@ class Detokenizer:
     def _push_bytes(self, ids: Sequence[int]) -> str:
         table, skip = self._table, self._skip
         assert table is not None
-        size = len(table)
-        data = b"".join([table[id] for id in ids if 0 <= id < size and id not in skip])  # type: ignore[misc]
-        return self._utf8.decode(data)
+        size, data = len(table), bytearray(self._cut)
+        for id in ids:
+            if 0 <= id < size and id not in skip:
+                data += table[id]  # type: ignore[arg-type]
+        return self._decode(data)
+
+    def _decode(self, data: bytearray) -> str:
+        text, used = utf_8_decode(data, self._errors)
+        self._cut = bytes(data[used:])
+        return text
 
     def _push_pieces(self, ids: Sequence[int]) -> str:
-        table, skip, utf8 = self._table, self._skip, self._utf8
+        table, skip = self._table, self._skip
         assert table is not None
         size, parts = len(table), []
         for id in ids:
@@ -72,11 +80,16 @@ class Detokenizer:
                 continue
             piece = table[id]
             if isinstance(piece, bytes):
-                parts.append(utf8.decode(piece))
+                parts.append(self._decode(bytearray(self._cut + piece)))
             else:
-                parts.append(utf8.decode(b"", True))  # text ends a run of bytes
+                if self._cut:  # text ends a run of bytes
+                    parts.append(self._end_of_bytes())
                 parts.append(piece)
         return self._strip_start("".join(parts))
+
+    def _end_of_bytes(self) -> str:
+        cut, self._cut = self._cut, b""
+        return cut.decode("utf-8", self._errors)
 
     def _strip_start(self, text: str) -> str:
         while self._strip and text:
@@ -106,7 +119,7 @@ class Detokenizer:
 
     def _flush(self) -> str:
         if self._table is not None:
-            return self._strip_start(self._utf8.decode(b"", True))
+            return self._strip_start(self._end_of_bytes())
         text = self._tokenizer.decode(self._window, skip_special=False)[len(self._shown_text) :]
         self._slide()
         return text

@@ -53,7 +53,7 @@ class Stream:
         self._ids = ids
         self._unfinished = set(range(len(ids)))
         self._pending: dict[int, Delta] = {}
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of the reader; cheaper than an Event, one a token
 
     async def __aenter__(self) -> Stream:
         return self
@@ -71,8 +71,8 @@ class Stream:
         while not self._pending:
             if not self._unfinished:
                 raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         batch, self._pending = list(self._pending.items()), {}
         return batch
 
@@ -95,13 +95,18 @@ class Stream:
             self._pending[index] = delta
         else:
             merge(waiting, delta)
-        self._wake.set()
+        self._wake()
 
     def _abort(self, indexes: list[int]) -> None:
         open_ones = self._unfinished.intersection(indexes)
         self._unfinished -= open_ones
         self._client.abort([self._ids[i] for i in open_ones])
-        self._wake.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():  # done: its reader was cancelled
+            waiter.set_result(None)
 
 
 @dataclass(slots=True)
@@ -130,6 +135,7 @@ class EngineClient:
         self.restarts = 0
         self.progress_limit = progress_limit
         self.heard = time.monotonic()  # when the engine last showed that it gets on
+        self.on_step: Callable[[Stats, int], None] = lambda stats, restarts: None  # told of each step
         self._next_id = itertools.count(1)  # never reused: a late delta cannot meet a stranger
         self._open: dict[int, OpenSequence] = {}
         self._send: Callable[[ToEngine], None] | None = None  # set while an engine takes work
@@ -210,6 +216,7 @@ class EngineClient:
             self.heard = time.monotonic()
         elif isinstance(message, StepOutput):
             self.stats = message.stats
+            self.on_step(message.stats, self.restarts)
             if message.deltas or message.stats.step_tokens:
                 self.heard = time.monotonic()
             for delta in message.deltas:
@@ -258,9 +265,10 @@ class EngineClient:
         self._send(replace(ask, params=params, output=ask.output + sequence.output, leader=leader))
 
     def _deliver(self, sequence: OpenSequence, delta: Delta) -> None:
-        if sequence.begun:  # after a restart the once-only fields come a second time
-            delta.cached = delta.scheduled = delta.prompt_logprobs = None
-        sequence.begun = sequence.proven = True
+        if not sequence.proven:
+            if sequence.begun:  # after a restart the once-only fields come a second time
+                delta.cached = delta.scheduled = delta.prompt_logprobs = None
+            sequence.begun = sequence.proven = True
         sequence.output += delta.tokens
         if delta.finish is not None:
             del self._open[delta.id]

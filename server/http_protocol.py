@@ -10,6 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
 import h11
+from starlette.types import Message
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from server.errors import RequestError, error_body
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 64 * 1024  # of one request: names, values and request line
 MAX_HEADERS = 100
+SEND_BODY = "send_body"  # in scope["state"]: a `send` for the messages of a body
 SLOW_READER = "penstock.slow_reader"  # set in the scope when the client did not read for --send-timeout
 
 
@@ -28,15 +30,13 @@ class CheckedConnection(h11.Connection):
     def __init__(self) -> None:
         super().__init__(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
         self.fault: h11.RemoteProtocolError | None = None
-        self._is_chunked = False  # the answer being sent
+        self.is_chunked = False  # the answer being sent
 
     def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]
-        """Bytes for the socket. A chunk within a body changes no state, so it goes past h11's state machine."""
-        if type(event) is h11.Data and self._is_chunked and self.our_state is h11.SEND_BODY:
-            return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
+        """Bytes for the socket; notes whether an answer's body goes out in chunks."""
         data = super().send(event)
         if type(event) is h11.Response:
-            self._is_chunked = data is not None and b"\r\ntransfer-encoding: chunked\r\n" in data.lower()
+            self.is_chunked = data is not None and b"\r\ntransfer-encoding: chunked\r\n" in data.lower()
         return data
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
@@ -74,6 +74,19 @@ class HttpProtocol(H11Protocol):
         self.conn: CheckedConnection = CheckedConnection()
         self._headers_due: asyncio.TimerHandle | None = None
         self._reading_due: asyncio.TimerHandle | None = None
+        self.app_state = {**self.app_state, SEND_BODY: self._send_body}  # copied into each request's scope["state"]
+
+    async def _send_body(self, message: Message) -> None:
+        """ASGI's send once an answer has begun. A chunk within a body changes no state, so it goes past h11."""
+        cycle, data = self.cycle, message["body"]
+        assert cycle is not None
+        if not (data and message["more_body"] and self.conn.is_chunked) or cycle.response_complete:
+            await cycle.send(cast(Any, message))
+            return
+        if self.flow.write_paused and not cycle.disconnected:
+            await self.flow.drain()
+        if not cycle.disconnected:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A new connection owes us its first headers."""

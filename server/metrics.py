@@ -116,8 +116,7 @@ class Metrics(Collector):
     def on_step(self, stats: Stats, restarts: int) -> None:
         """Take over the engine's own counters; steps nobody told us of count with their mean size.
 
-        They start from zero with each engine process; ours do not. Called with whatever the engine said last, by each
-        stream that gets tokens and before each reading, so only what an engine did just before it died can be missed.
+        They start from zero with each engine process; ours do not. Called with each step's and before each reading.
         """
         if stats is self._seen:
             return

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.http_protocol import SLOW_READER
+from server.http_protocol import SEND_BODY, SLOW_READER
 from server.logs import Trace
 
 T = TypeVar("T")
@@ -71,36 +71,34 @@ class EventResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write until the body ends or the client goes; either way `close` is called."""
-        # What lies between us and the server looks at the start of a response only; a stream's writes go past it.
-        direct = scope.get("state", {}).get("send", send)
+        # What lies between us and the socket looks at the start of a response only; a stream's writes go past it.
+        send_body = scope.get("state", {}).get(SEND_BODY, send)
         try:
-            await unless_gone(receive, self._run(send, direct))
+            await unless_gone(receive, self._run(send, send_body))
         except ClientDisconnect:
             self._trace.outcome = "slow_reader" if SLOW_READER in scope else "disconnect"
         finally:
             self._close()  # the body's own `finally` does not run if the client went before its first step
 
-    async def _run(self, begin: Send, send: Send) -> None:
-        await begin({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        keeper = asyncio.ensure_future(self._keep_alive(send))
+    async def _run(self, send: Send, send_body: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        keeper = asyncio.ensure_future(self._keep_alive(send_body))
         try:
             async with aclosing(self._body) as body:
                 async for data in body:
-                    await self._write(send, data)
+                    self._writing = True
+                    await send_body({"type": "http.response.body", "body": data, "more_body": True})
+                    self._writing = False
+                    self._writes += 1
         finally:
             keeper.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send_body({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _write(self, send: Send, data: bytes) -> None:
-        self._writing = True
-        await send({"type": "http.response.body", "body": data, "more_body": True})
-        self._writing = False
-        self._writes += 1
-
-    async def _keep_alive(self, send: Send) -> None:
+    async def _keep_alive(self, send_body: Send) -> None:
         """A comment whenever nothing was written for a while, so that proxies and clients do not give up."""
         while True:
             before = self._writes
             await asyncio.sleep(self._keepalive)
             if self._writes == before and not self._writing:
-                await self._write(send, KEEPALIVE)
+                await send_body({"type": "http.response.body", "body": KEEPALIVE, "more_body": True})
+                self._writes += 1

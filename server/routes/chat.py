@@ -92,6 +92,7 @@ class ChatChunks:
         numbers = range(len(answer.choices))
         self._prefixes = [b'data: %b,"choices":[{"index":%d,"delta":{"content":' % (head, i) for i in numbers]
         self._suffix = b'},"logprobs":null,"finish_reason":null}]%b}\n\n' % usage_null
+        self._detailed_always = bool(body.return_token_ids)
         self._begun: set[int] = set()
 
     def encode(self, pieces: list[Piece]) -> bytes:
@@ -100,10 +101,10 @@ class ChatChunks:
         for piece in pieces:
             if piece.index not in self._begun:
                 out.append(self._role(piece.index))
-            if piece.logprobs is not None or self._body.return_token_ids:
+            if piece.logprobs is not None or self._detailed_always:
                 out.append(self._detailed(piece))
             elif piece.text:
-                out.append(self._prefixes[piece.index] + orjson.dumps(piece.text) + self._suffix)
+                out += (self._prefixes[piece.index], orjson.dumps(piece.text), self._suffix)
             if piece.finish is not None:
                 stop = {"stop_reason": piece.stop_reason} if piece.stop_reason is not None else {}
                 out.append(self._event(piece.index, {}, None, piece.finish, stop))

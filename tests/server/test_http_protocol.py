@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import time
 from dataclasses import replace
 
+import h11
 import pytest
 
 from server.app import create_app
-from server.http_protocol import MAX_HEADER_BYTES, MAX_HEADERS
+from server.http_protocol import MAX_HEADER_BYTES, MAX_HEADERS, CheckedConnection
 from tests.server.conftest import make_state, running
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import IM_END, FakeEngine
 from tests.server.raw import error_of, exchange, post, status
 
 CHAT = b'{"messages": [{"role": "user", "content": "Hi"}]}'
@@ -182,3 +185,28 @@ async def test_settings_reach_the_protocol(engine):
     from server.http_protocol import protocol_class
 
     assert (protocol_class(settings).header_timeout, protocol_class(settings).send_timeout) == (1.5, 2.5)
+
+
+async def test_a_stream_is_the_same_in_chunks_and_to_an_http_1_0_client_and_its_chunks_go_past_h11(
+    engine, listen, monkeypatch
+):
+    """Per token h11 would cost as much as everything else of ours; it still writes the heads and the ends."""
+    sent: list[h11.Event] = []
+    original = CheckedConnection.send
+    monkeypatch.setattr(CheckedConnection, "send", lambda self, event: sent.append(event) or original(self, event))
+    engine.script = lambda ask: iter([*b"twenty five characters ..", IM_END])
+    body = CHAT[:-1] + b', "stream": true}'
+    async with listen() as port:
+        chunked = await exchange(port, post("/v1/chat/completions", body))
+        chunks = [event for event in sent if type(event) is h11.Data and event.data]
+        plain = await exchange(port, post("/v1/chat/completions", body).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+    assert chunks == []
+    assert (b"transfer-encoding: chunked" in chunked.lower(), b"transfer-encoding" in plain.lower()) == (True, False)
+    contents = [
+        [json.loads(data)["choices"][0]["delta"].get("content") for data in re.findall(rb"data: (\{.*)\n", answer)]
+        for answer in (chunked, plain)
+    ]
+    assert contents[0] == contents[1] == ["", *"twenty five characters ..", None]
+    sizes = [int(size, 16) for size in re.findall(rb"\r\n([0-9a-f]+)\r\n", chunked.partition(b"\r\n\r\n")[2])]
+    assert sizes[-1] == 0
+    assert plain.endswith(b"data: [DONE]\n\n")
