@@ -24,10 +24,12 @@ class Kernels:
     rms_norm: Callable[..., Tensor]  # kernels/rms_norm.py
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # kernels/rms_norm.py
     silu_mul: Callable[..., Tensor]  # kernels/silu_mul.py
+    route: Callable[..., tuple[Tensor, Tensor]]  # kernels/route.py
+    experts: Callable[..., Tensor]  # kernels/experts.py
     sample: Callable[..., Tensor]  # kernels/sample.py
 
 
-OPERATIONS = ("paged_attention", "rope_kv", "rms_norm", "add_rms_norm", "silu_mul", "sample")
+OPERATIONS = ("paged_attention", "rope_kv", "rms_norm", "add_rms_norm", "silu_mul", "route", "experts", "sample")
 NATIVE = {"cuda": "triton", "cpu": "cpu"}  # device type -> what "auto" means there
 
 
@@ -48,7 +50,7 @@ def choose(device_type: str, requested: str = "auto") -> Kernels:
 
 def definitions() -> Kernels:
     """Plain torch: slow and obviously right; what every other form is tested against."""
-    from kernels import rms_norm, rope_kv, sample, silu_mul
+    from kernels import experts, rms_norm, rope_kv, route, sample, silu_mul
     from kernels.attention import definition
 
     return Kernels(
@@ -58,12 +60,14 @@ def definitions() -> Kernels:
         rms_norm=rms_norm.rms_norm,
         add_rms_norm=rms_norm.add_rms_norm,
         silu_mul=silu_mul.silu_mul,
+        route=route.route,
+        experts=experts.experts,
         sample=sample.sample,
     )
 
 
 def _triton() -> Kernels:
-    from kernels import rms_norm, rope_kv, sample, silu_mul
+    from kernels import experts, rms_norm, rope_kv, route, sample, silu_mul
     from kernels.attention import triton
 
     return Kernels(
@@ -73,6 +77,8 @@ def _triton() -> Kernels:
         rms_norm=rms_norm.rms_norm_triton,
         add_rms_norm=rms_norm.add_rms_norm_triton,
         silu_mul=silu_mul.silu_mul_triton,
+        route=route.route_triton,
+        experts=experts.experts_triton,
         sample=sample.sample_triton,
     )
 
@@ -87,5 +93,7 @@ def _cpu() -> Kernels:
         rms_norm=cpu.rms_norm,
         add_rms_norm=cpu.add_rms_norm,
         silu_mul=cpu.silu_mul,
+        route=cpu.route,
+        experts=cpu.experts,
         sample=cpu.sample,
     )

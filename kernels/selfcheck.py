@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from kernels import Kernels, choose, definitions
+from kernels.experts import PackedExperts, form_of
+from kernels.mixture import Routing
 
 PAGE = 16
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of 1 + |value|, for the dtype's rounding
@@ -38,6 +40,9 @@ class Sizes:
     intermediate: int = 14336
     vocab: int = 32000
     window: int = 0
+    experts: int = 0  # of a mixture's layer; the routing's own fields stay at their defaults here
+    top_k: int = 0
+    expert_inner: int = 0
     dtype: str = "bfloat16"
 
 
@@ -118,7 +123,7 @@ def _fault(
     seed = generator.seed()
     try:
         pairs = check(kernels, sizes, generator)
-        error = max(_error(got, want) for got, want in pairs)
+        error = max((_error(got, want) for got, want in pairs), default=0.0)
     except Exception as reason:  # whatever a compiler or a driver throws, the answer is: this kernel does not run here
         return f"{name} (does not run: {type(reason).__name__}: {' '.join(str(reason).split())[:200]})"
     allowed = TOLERANCE[getattr(torch, sizes.dtype)]
@@ -200,6 +205,53 @@ def _check_silu_mul(kernels: Kernels, sizes: Sizes, generator: torch.Generator) 
     return [(kernels.silu_mul(x), definitions().silu_mul(x.double()))]
 
 
+def _check_route(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    """Plain and grouped choices. Of some hundred rows, two may have scores that rounding makes equal."""
+    if not sizes.experts:
+        return []
+    pairs: list[Pair] = []
+    groups = 2 if sizes.experts % 2 == 0 else 1
+    in_group = Routing(min(sizes.top_k, sizes.experts // groups), "sigmoid", scale=2.5, groups=groups, kept_groups=1)
+    for routing in (Routing(sizes.top_k, normalise=True), in_group):
+        logits = torch.randn(300, sizes.experts, generator=generator, device=generator.device)
+        bias = torch.rand(sizes.experts, generator=generator, device=generator.device)
+        ids, weights = kernels.route(logits, routing, bias)
+        want_ids, want_weights = definitions().route(logits.double(), routing, bias.double())
+        same = (ids == want_ids).all(1)
+        pairs.append((torch.where((~same).sum() > 2, float("inf"), 0.0), torch.zeros((), dtype=torch.float64)))
+        pairs.append((weights[same], want_weights[same]))
+    return pairs
+
+
+def _check_experts(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    """Few rows per expert and many, with a shared expert and without. Four experts do: real ones fill the memory."""
+    pairs: list[Pair] = []
+    if not sizes.experts:
+        return pairs
+    x_experts, inner, device = min(4, sizes.experts), sizes.expert_inner, generator.device
+    dtype, form = getattr(torch, sizes.dtype), form_of(kernels.name)
+    matrices = [
+        torch.randn(x_experts, n, k, generator=generator, device=device, dtype=dtype) / k**0.5
+        for n, k in ((2 * inner, sizes.hidden), (sizes.hidden, inner))
+    ]
+    sizes_of = [(matrix.shape[1], matrix.shape[2]) for matrix in matrices]
+    stored = [PackedExperts.empty(form, x_experts, n, k, dtype, device) for n, k in sizes_of]
+    plain = [PackedExperts("torch", matrix, n, k) for matrix, (n, k) in zip(matrices, sizes_of, strict=True)]
+    for packed, matrix in zip(stored, matrices, strict=True):
+        for expert in range(x_experts):
+            packed.put(expert, matrix[expert])
+    for tokens in (3, 300):
+        x, shared = _random(generator, sizes, 2, tokens, sizes.hidden)
+        logits = torch.randn(tokens, x_experts, generator=generator, device=device)
+        ids, weights = definitions().route(logits, Routing(min(sizes.top_k, x_experts)))
+        loads = torch.zeros(2, x_experts, dtype=torch.int64, device=device)
+        extra, extra64 = ({"shared": shared}, {"shared": shared.double()}) if tokens > 3 else ({}, {})
+        got = kernels.experts(x, *stored, ids, weights, load=loads[0], **extra)
+        want = definitions().experts(x.double(), *plain, ids, weights.double(), load=loads[1], **extra64)
+        pairs += [(got, want), (loads[0], loads[1].double())]
+    return pairs
+
+
 def _check_sample(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
     """Ids are compared as hits and misses: of 128 rows, two may fall on a boundary's rounding.
 
@@ -229,5 +281,7 @@ CHECKS: dict[str, Callable[[Kernels, Sizes, torch.Generator], list[Pair]]] = {
     "rms_norm": _check_rms_norm,
     "add_rms_norm": _check_add_rms_norm,
     "silu_mul": _check_silu_mul,
+    "route": _check_route,
+    "experts": _check_experts,
     "sample": _check_sample,
 }

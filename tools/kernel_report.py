@@ -2,7 +2,7 @@
 
     python -m tools.kernel_report            writes docs/kernels.md
     python -m tools.kernel_report --check    writes nothing; exit status 1 if a kernel spills registers to memory, or
-                                             attention has no tensor-core instructions
+                                             a product has no tensor-core instructions
     --quick                                  a representative few per GPU
 
 ptxas, cuobjdump and nvdisasm come with the Triton wheel. What a compiler without a device cannot say is speed; what it
@@ -32,10 +32,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import rms_norm, rope_kv, sample, silu_mul
+from kernels import experts, rms_norm, rope_kv, route, sample, silu_mul
 from kernels.attention import plan
 from kernels.attention import triton as attention
 from kernels.jit import OPTIONS
+from kernels.mixture import Routing
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {
@@ -50,12 +51,13 @@ NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORE = r"\b(HMMA|HGMMA|UTC\w*MMA)\b"
 POINTERS = {
     **dict.fromkeys(("query_start_ptr", "seq_lens_ptr", "table_ptr", "top_k_ptr"), "*i32"),
-    **dict.fromkeys(("position_ptr", "slot_ptr", "id_ptr"), "*i64"),
-    **dict.fromkeys(("part_ptr", "part_peak_ptr", "cos_sin_ptr", "logits_ptr"), "*fp32"),
+    **dict.fromkeys(("ids_ptr", "order_ptr", "starts_ptr", "histogram_ptr"), "*i32"),
+    **dict.fromkeys(("position_ptr", "slot_ptr", "id_ptr", "load_ptr"), "*i64"),
+    **dict.fromkeys(("part_ptr", "part_peak_ptr", "cos_sin_ptr", "logits_ptr", "weights_ptr"), "*fp32"),
     **dict.fromkeys(("temperature_ptr", "top_p_ptr", "min_p_ptr"), "*fp32"),
     "uniform_ptr": "*fp64",
 }  # all others point at the model's dtype
-FLOATS = ("scale", "soft_cap", "eps")  # all other arguments are integers
+FLOATS = ("scale", "soft_cap", "eps", "alpha", "limit", "offset")  # all other arguments are integers
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,13 @@ KERNELS: dict[str, Any] = {
     "rms_norm": rms_norm._rms_norm,
     "silu_mul": silu_mul._silu_mul,
     "sample": sample._sample,
+    "route": route._route,
+    "experts count": experts._count,
+    "experts place": experts._place,
+    "experts product": experts._product,
+    "experts sum": experts._sum,
 }
+TENSOR_CORES_NEEDED = ("attention", "experts product")
 
 
 def cases(quick: bool) -> list[Case]:
@@ -108,6 +116,11 @@ def cases(quick: bool) -> list[Case]:
             found += attention_cases(target, 128, 4, dtype="fp32")
         found += attention_cases(target, 64, 8, window=True, sinks=True)  # gpt-oss
         found += small_cases(target, quick)
+        found += [*expert_cases(target, 128, 8, 2048, 768)][:: 3 if quick else 1]  # Qwen3-30B-A3B
+        if not quick:
+            found += expert_cases(target, 8, 2, 4096, 14336)  # Mixtral 8x7B
+            found += expert_cases(target, 32, 4, 2880, 2880, bias=True)  # gpt-oss-20b
+        found += routing_cases(target, quick)
     return found
 
 
@@ -152,6 +165,31 @@ def small_cases(target: str, quick: bool) -> Iterable[Case]:
         yield Case(target, "rms_norm", f"D{width} add" if add else f"E{width} H{inner}", *_split_options(constants))
     yield Case(target, "silu_mul", "I14336", {"WIDTH": 14336, "BLOCK": silu_mul.BLOCK}, {"num_warps": 4})
     yield Case(target, "sample", "", {"BLOCK": sample.BLOCK}, {"num_warps": sample.WARPS})
+
+
+def expert_cases(
+    target: str, num_experts: int, top_k: int, hidden: int, inner: int, *, bias: bool = False
+) -> Iterable[Case]:
+    """Both products in every tile."""
+    for tile in experts.TILES[target]:
+        for gated, columns, features in ((True, inner, hidden), (False, hidden, inner)):
+            constants = experts.product_constants(num_experts, top_k, columns, features, tile, gated, bias)
+            name = f"X{num_experts} {columns}x{features}{' gated' if gated else ''}{' bias' if bias else ''}"
+            shape = f"{name} {tile.rows}x{tile.columns}x{tile.depth}"
+            yield Case(target, "experts product", shape, constants, tile.options())
+
+
+def routing_cases(target: str, quick: bool) -> Iterable[Case]:
+    """Choosing experts and sorting pairs by them."""
+    grouped = Routing(8, "sigmoid", normalise=True, scale=2.5, groups=8, kept_groups=4, group_best=2)
+    for num_experts, routing in ((128, Routing(8, normalise=True)), (256, grouped))[: 1 if quick else 2]:
+        shape = f"X{num_experts} k{routing.top_k}" + (f" of {routing.groups} groups" if routing.groups > 1 else "")
+        constants = route.constants(num_experts, routing, routing.scoring == "sigmoid")
+        yield Case(target, "route", shape, constants, {"num_warps": route.WARPS})
+        for kernel, constants in experts.sorting_constants(num_experts, True).items():
+            yield Case(target, f"experts {kernel}", f"X{num_experts}", constants, {"num_warps": experts.WARPS})
+    sums = {"N": 7168, "TOP": 8, "BLOCK": experts.SUM_BLOCK, "SHARED": True, "SHARED_GATE": False}
+    yield Case(target, "experts sum", "D7168 k8", sums, {"num_warps": experts.WARPS})
 
 
 def _split_options(constants: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -258,7 +296,7 @@ def faults(case: Case, found: Figures) -> list[str]:
     """What must not ship."""
     name = f"{case.target} {case.kernel} {case.shape}"
     wrong = [f"{name}: spills {found.spilled} bytes"] if found.spilled else []
-    if case.kernel == "attention" and case.dtype != "fp32" and not found.mma:
+    if case.kernel in TENSOR_CORES_NEEDED and case.dtype != "fp32" and not found.mma:
         wrong.append(f"{name}: has no tensor-core instructions")
     return wrong
 
@@ -276,10 +314,11 @@ def row(case: Case, found: Figures) -> str:
 HEAD = """# What the kernels compile to
 
 Written by `python -m tools.kernel_report` with Triton {version}; `--check` (in CI) fails on a spill and on attention
-without tensor-core instructions. bf16 unless said, pages of 16 tokens. No GPU was used.
+or a product of experts without tensor-core instructions. bf16 unless said, pages of 16 tokens. No GPU was used.
 
 - **variant**: E head size, G query heads per kv head, rows x keys of a tile; *short* is the launch for sequences with
-  few new tokens (decode), *long* the one for prefill chunks (`kernels/attention/plan.py`).
+  few new tokens (decode), *long* the one for prefill chunks (`kernels/attention/plan.py`). X experts, outputs x inputs,
+  then rows x columns x depth of a tile (`kernels/experts.py`).
 - **spill**: bytes of stack or scratch; **side by side**: programs that fit on one multiprocessor by registers, shared
   memory and threads; **wide**: share of the bytes of all load instructions that 128-bit ones carry.
 - **per KV byte**: warp instructions of the key loop per byte of K and V. An H100 can issue about 0.28 per byte of its

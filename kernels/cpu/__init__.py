@@ -10,22 +10,35 @@ import torch
 
 from kernels.cpu.attention import paged_attention
 from kernels.cpu.attention import task as attention_task
+from kernels.cpu.experts import experts
 from kernels.cpu.linear import tasks as linear_tasks
 from kernels.cpu.rms_norm import add_rms_norm, rms_norm
 from kernels.cpu.rms_norm import task as rms_norm_task
 from kernels.cpu.rope_kv import rope_kv
 from kernels.cpu.rope_kv import task as rope_kv_task
+from kernels.cpu.route import route
 from kernels.cpu.sample import sample
 from kernels.cpu.sample import task as sample_task
 from kernels.cpu.silu_mul import silu_mul
 from kernels.cpu.silu_mul import task as silu_mul_task
 from kernels.cpu.threads import set_threads
 
-__all__ = ["add_rms_norm", "paged_attention", "rms_norm", "rope_kv", "sample", "set_threads", "silu_mul", "warm"]
+__all__ = [
+    "add_rms_norm",
+    "experts",
+    "paged_attention",
+    "rms_norm",
+    "rope_kv",
+    "route",
+    "sample",
+    "set_threads",
+    "silu_mul",
+    "warm",
+]
 
 
 def warm(dtype: torch.dtype) -> None:
-    """Compiles, or reads from the cache, all that a model with weights and a KV cache of `dtype` calls."""
+    """Compiles, or reads from the cache, all that a dense model with weights and a KV cache of `dtype` calls."""
     linear_tasks(dtype)
     attention_task(dtype)
     rope_kv_task(dtype)

@@ -232,6 +232,7 @@ sub = op2(vec, vec, vec, lambda b, x, y: b.fsub(x, y))
 mul = op2(vec, vec, vec, lambda b, x, y: b.fmul(x, y))
 div = op2(vec, vec, vec, lambda b, x, y: b.fdiv(x, y))
 larger = op2(vec, vec, vec, _select_compare(">"))
+smaller = op2(vec, vec, vec, _select_compare("<"))
 fma = op3(vec, vec, vec, vec, emit_fma)
 
 

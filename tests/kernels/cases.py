@@ -92,6 +92,33 @@ RMS_NORM = ((1, 1, 16), (5, 1, 576), (3, 1, 1000), (2, 1, 2048), (7, 3, 64), (9,
 SILU_MUL = ((1, 8), (5, 1536), (3, 2049), (2, 4097))  # T, I
 
 
+@dataclass(frozen=True)
+class Experts:
+    tokens: int
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    dressed: bool = False  # biases, a clamped gate, and a shared expert with a gate of its own
+
+
+EXPERTS = (
+    Experts(1, 8, 2, 32, 48),
+    Experts(3, 60, 4, 24, 16, dressed=True),  # most experts have nothing
+    Experts(45, 5, 3, 40, 24, dressed=True),
+    Experts(40, 2, 1, 129, 17),  # nothing is a multiple of anything
+    Experts(70, 3, 2, 64, 40),  # several tiles of an expert, two chunks of pairs
+)
+ROUTES: tuple[tuple[int, dict[str, Any]], ...] = (  # experts, fields of a Routing
+    (8, {"top_k": 2, "normalise": True}),
+    (60, {"top_k": 4}),
+    (1, {"top_k": 1, "scale": 0.5}),
+    (7, {"top_k": 7, "scoring": "sigmoid"}),
+    (20, {"top_k": 3, "groups": 5, "kept_groups": 2, "scale": 16.0}),
+    (32, {"top_k": 4, "scoring": "sigmoid", "groups": 8, "kept_groups": 3, "group_best": 2, "normalise": True}),
+)
+
+
 @dataclass
 class AttentionInput:
     """Arguments of paged_attention in q's dtype; `exact` are the same numbers in float64."""

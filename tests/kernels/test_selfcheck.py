@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from kernels import Kernels, choose, definitions, selfcheck
+from kernels.mixture import Routing
 from kernels.selfcheck import CHECKS, Sizes
 
 CPU = torch.device("cpu")
-TINY = Sizes(heads=6, kv_heads=2, head_dim=16, rotary=8, hidden=48, intermediate=40, vocab=300)
+TINY = Sizes(heads=6, kv_heads=2, head_dim=16, rotary=8, hidden=48, intermediate=40, vocab=300, experts=6, top_k=2,
+             expert_inner=24)  # fmt: skip
 
 
 def check(kernels: Kernels, cache_dir: Path, sizes: Sizes = TINY) -> list[str]:
@@ -37,7 +39,7 @@ def off_by_a_tenth(result: Any) -> Any:
     return tuple(x * 1.1 for x in result) if isinstance(result, tuple) else result * 1.1
 
 
-@pytest.mark.parametrize("name", ["paged_attention", "rms_norm", "add_rms_norm", "silu_mul"])
+@pytest.mark.parametrize("name", ["paged_attention", "rms_norm", "add_rms_norm", "silu_mul", "experts"])
 def test_a_wrong_kernel_is_named_and_no_other(name: str, cache_dir: Path) -> None:
     right = getattr(definitions(), name)
     wrong = replace(definitions(), **{name: lambda *args, **options: off_by_a_tenth(right(*args, **options))})
@@ -65,6 +67,15 @@ def test_a_sampler_that_forgets_a_parameter_is_named(argument: str, off: float, 
 
     (line,) = check(replace(definitions(), sample=forgetful), cache_dir)
     assert line.startswith("sample (error ")
+
+
+def test_a_router_that_forgets_the_groups_is_named(cache_dir: Path) -> None:
+    def forgetful(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return definitions().route(logits, replace(routing, groups=1), bias)
+
+    (line,) = check(replace(definitions(), route=forgetful), cache_dir)
+    assert line.startswith("route (error ")
+    assert check(replace(definitions(), route=forgetful), cache_dir, replace(TINY, experts=0)) == []
 
 
 def test_attention_that_ignores_the_window_is_named(cache_dir: Path) -> None:

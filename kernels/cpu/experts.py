@@ -1,0 +1,325 @@
+"""The routed feed-forward network of a mixture of experts, compiled. The definition is kernels/experts.py.
+
+Pairs (a token and one of its experts) are sorted by expert; each expert that has any becomes one call of the linear
+layer (kernels/cpu/linear.py), described in memory, and the tasks of all these calls run as one. So a row's sums are the
+linear layer's, the same bits whatever rows are beside it; a token's k results are added in the order of its choice.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from numba import njit
+from torch import Tensor
+
+from kernels.cpu.linear import (
+    BIAS,
+    COLUMNS,
+    FEATURES,
+    PACKED,
+    PER_TASK,
+    ROW_TASKS,
+    ROW_TILES,
+    ROWS,
+    TASK_BYTES,
+    TASK_PANELS,
+    TILES,
+    W,
+    X,
+    Y,
+    _rows_of,
+    _share,
+)
+from kernels.cpu.simd import (
+    BYTES,
+    F32,
+    KINDS,
+    WIDTH,
+    add,
+    div,
+    exp,
+    first,
+    fma,
+    get,
+    get_i32,
+    get_i64,
+    larger,
+    load,
+    mul,
+    put,
+    put_i32,
+    put_i64,
+    smaller,
+    spread,
+    store,
+    sub,
+)
+from kernels.cpu.threads import compile_task, describe, run, scratch, word
+from kernels.cpu.tile import MAX_ROWS
+from kernels.experts import PackedExperts
+from kernels.linear import DTYPES
+from kernels.mixture import SILU, Gate
+
+STEP_BYTES = 1 << 26  # of memory for the pairs of one turn; more tokens than fit take several
+CALL_BYTES = 12 * 8  # of one expert's call of the linear layer
+
+# words of a call's description; addresses of the plan's arrays: int64 [X + 1] each, int32 [P] each, [X] calls each
+(IN, IN_ROW, IDS, WEIGHTS, OUT, TOKENS, TOP, EXPERTS, LOAD, SHARED, SHARED_ROW, SHARED_GATE, HIDDEN, INNER,
+ GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ELEMENT, STARTS, ORDER, PLACE, FIRST_TILE, FIRST_TASK, CALLS, PACKED_ROWS,
+ WIDE_ROWS, PER_SUM, FLOATS) = range(29)  # fmt: skip
+FORM = "28q3f"  # FLOATS: alpha, limit and offset of the gate
+LISTS = 2  # FIRST_TASK and CALLS are there for gate_up and for down
+
+
+@njit
+def _sort(call: int) -> None:
+    """STARTS: each expert's first sorted place; ORDER: the pair at a place; PLACE: the place of a pair."""
+    experts, pairs = word(call, EXPERTS), word(call, TOKENS) * word(call, TOP)
+    starts, order, place = word(call, STARTS), word(call, ORDER), word(call, PLACE)
+    for e in range(experts + 1):
+        put_i64(starts + 8 * e, 0)
+    for pair in range(pairs):
+        at = starts + 8 * (get_i32(word(call, IDS) + 4 * pair) + 1)
+        put_i64(at, get_i64(at) + 1)
+    for e in range(experts):
+        if word(call, LOAD) != 0:
+            at = word(call, LOAD) + 8 * e
+            put_i64(at, get_i64(at) + get_i64(starts + 8 * (e + 1)))
+        put_i64(starts + 8 * (e + 1), get_i64(starts + 8 * e) + get_i64(starts + 8 * (e + 1)))
+    for pair in range(pairs):  # each start moves to its expert's end ...
+        at = starts + 8 * get_i32(word(call, IDS) + 4 * pair)
+        put_i32(order + 4 * get_i64(at), pair)
+        put_i32(place + 4 * pair, get_i64(at))
+        put_i64(at, get_i64(at) + 1)
+    for e in range(experts, 0, -1):  # ... which is where the next one starts
+        put_i64(starts + 8 * e, get_i64(starts + 8 * (e - 1)))
+    put_i64(starts, 0)
+
+
+@njit
+def _describe_product(
+    call: int, which: int, weights: int, bias: int, columns: int, features: int, out: int, out_row: int
+) -> None:
+    """The linear call of each expert, rows of PACKED_ROWS to rows of `out`, and the tasks before each."""
+    experts, element = word(call, EXPERTS), word(call, ELEMENT)
+    first_task = word(call, FIRST_TASK) + which * 8 * (experts + 1)
+    all_panels = (columns + WIDTH - 1) // WIDTH
+    tasks = 0
+    for e in range(experts):
+        start = get_i64(word(call, STARTS) + 8 * e)
+        rows = get_i64(word(call, STARTS) + 8 * (e + 1)) - start
+        tiles = (rows + MAX_ROWS - 1) // MAX_ROWS
+        row_tasks = max(1, tiles // ROW_TILES)
+        most = TASK_PANELS if tiles > 1 else TASK_BYTES // max(1, features * WIDTH * element)
+        per_task = max(4, min(most, all_panels) // 4 * 4)
+        to = word(call, CALLS) + CALL_BYTES * (which * experts + e)
+        put_i64(to + 8 * X, 0)  # all rows are packed
+        put_i64(to + 8 * W, weights + e * all_panels * features * WIDTH * element)
+        put_i64(to + 8 * BIAS, bias + 4 * e * columns if bias != 0 else 0)
+        put_i64(to + 8 * Y, out + start * out_row)
+        put_i64(to + 8 * ROWS, rows)
+        put_i64(to + 8 * COLUMNS, columns)
+        put_i64(to + 8 * FEATURES, features)
+        put_i64(to + 8 * TILES, tiles)
+        put_i64(to + 8 * ROW_TASKS, row_tasks)
+        put_i64(to + 8 * PER_TASK, per_task)
+        put_i64(to + 8 * PACKED, word(call, PACKED_ROWS) + 4 * start * features)
+        put_i64(first_task + 8 * e, tasks)
+        tasks += row_tasks * ((all_panels + per_task - 1) // per_task) if rows else 0
+    put_i64(first_task + 8 * experts, tasks)
+
+
+@njit("int64(int64)", nogil=True, cache=True, error_model="numpy")
+def _plan(call: int) -> int:
+    """Sorts the pairs and writes both products' calls; returns the number of row tiles of all experts."""
+    _sort(call)
+    experts, hidden, inner = word(call, EXPERTS), word(call, HIDDEN), word(call, INNER)
+    wide = word(call, WIDE_ROWS)
+    _describe_product(call, 0, word(call, GATE_UP), word(call, GATE_UP_BIAS), 2 * inner, hidden, wide, 8 * inner)
+    _describe_product(call, 1, word(call, DOWN), word(call, DOWN_BIAS), hidden, inner, wide, 4 * hidden)
+    tiles = 0
+    for e in range(experts):
+        put_i64(word(call, FIRST_TILE) + 8 * e, tiles)
+        tiles += get_i64(word(call, CALLS) + CALL_BYTES * e + 8 * TILES)
+    put_i64(word(call, FIRST_TILE) + 8 * experts, tiles)
+    return tiles
+
+
+@njit
+def _owner(firsts: int, experts: int, index: int) -> int:
+    """The expert whose share holds an index: the last whose first is not beyond it."""
+    low, high = 0, experts - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if get_i64(firsts + 8 * middle) <= index:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _gather(call: int, index: int, thread: int) -> None:
+    """Copies the rows of x that tile `index` takes to [K][rows]."""
+    experts, features = word(call, EXPERTS), word(call, HIDDEN)
+    e = _owner(word(call, FIRST_TILE), experts, index)
+    mine = word(call, CALLS) + CALL_BYTES * e
+    row, rows = _rows_of(mine, index - get_i64(word(call, FIRST_TILE) + 8 * e))
+    to = word(mine, PACKED) + 4 * row * features
+    for m in range(rows):
+        pair = get_i32(word(call, ORDER) + 4 * (get_i64(word(call, STARTS) + 8 * e) + row + m))
+        x = word(call, IN) + pair // word(call, TOP) * word(call, IN_ROW)
+        for k in range(features):
+            put(F32, to + 4 * (k * rows + m), get(F32, x + 4 * k))
+
+
+@njit
+def _gated(call: int, gate: Any, up: Any) -> Any:
+    """(u + offset) g sigmoid(alpha g) of two vectors."""
+    floats = call + 8 * FLOATS
+    alpha, limit, offset = get(F32, floats), get(F32, floats + 4), get(F32, floats + 8)
+    g = smaller(spread(limit), gate)
+    u = larger(spread(-limit), smaller(spread(limit), up))
+    swish = div(g, add(spread(1.0), exp(mul(spread(-alpha), g))))
+    return mul(swish, add(u, spread(offset)))
+
+
+def _activate(call: int, index: int, thread: int) -> None:
+    """The gate of the rows of tile `index`, in place, and then copied to [K][rows]."""
+    experts, size = word(call, EXPERTS), word(call, INNER)
+    e = _owner(word(call, FIRST_TILE), experts, index)
+    mine = word(call, CALLS) + CALL_BYTES * (experts + e)
+    row, rows = _rows_of(mine, index - get_i64(word(call, FIRST_TILE) + 8 * e))
+    to = word(mine, PACKED) + 4 * row * size
+    whole = size // WIDTH * WIDTH
+    for m in range(rows):
+        gate = word(call, WIDE_ROWS) + (get_i64(word(call, STARTS) + 8 * e) + row + m) * 8 * size
+        up = gate + 4 * size
+        for i in range(0, whole, WIDTH):
+            store(F32, gate + 4 * i, _gated(call, load(F32, gate + 4 * i), load(F32, up + 4 * i)))
+        for i in range(whole, size):
+            put(F32, gate + 4 * i, first(_gated(call, spread(get(F32, gate + 4 * i)), spread(get(F32, up + 4 * i)))))
+        for k in range(size):
+            put(F32, to + 4 * (k * rows + m), get(F32, gate + 4 * k))
+
+
+def _product(kind: Any, element: int, which: int) -> Any:
+    """The task of one index of a product: some panels of one expert, as the linear layer does them."""
+    share = njit(_share(kind, element))
+
+    def product(call: int, index: int, thread: int) -> None:
+        experts = word(call, EXPERTS)
+        firsts = word(call, FIRST_TASK) + which * 8 * (experts + 1)
+        e = _owner(firsts, experts, index)
+        share(word(call, CALLS) + CALL_BYTES * (which * experts + e), index - get_i64(firsts + 8 * e), thread)
+
+    return product
+
+
+@njit(forceinline=True)
+def _result(call: int, token: int, j: int) -> tuple[Any, int]:
+    """The weight and the address of a token's j-th result."""
+    pair = token * word(call, TOP) + j
+    row = get_i32(word(call, PLACE) + 4 * pair)
+    return get(F32, word(call, WEIGHTS) + 4 * pair), word(call, WIDE_ROWS) + 4 * word(call, HIDDEN) * row
+
+
+def _sum(call: int, index: int, thread: int) -> None:
+    """The task: PER_SUM tokens' k results by their weights, and the shared expert's."""
+    size, top, shared = word(call, HIDDEN), word(call, TOP), word(call, SHARED)
+    whole = size // WIDTH * WIDTH
+    begin = index * word(call, PER_SUM)
+    for token in range(begin, min(word(call, TOKENS), begin + word(call, PER_SUM))):
+        share = spread(1.0)
+        if word(call, SHARED_GATE) != 0:
+            raw = spread(get(F32, word(call, SHARED_GATE) + 4 * token))
+            share = div(share, add(share, exp(sub(spread(F32), raw))))
+        out, extra = word(call, OUT) + 4 * token * size, shared + token * word(call, SHARED_ROW)
+        for i in range(0, whole, WIDTH):
+            total = spread(F32)
+            for j in range(top):
+                weight, row = _result(call, token, j)
+                total = fma(spread(weight), load(F32, row + 4 * i), total)
+            store(F32, out + 4 * i, fma(share, load(F32, extra + 4 * i), total) if shared != 0 else total)
+        for i in range(whole, size):
+            total_1 = F32
+            for j in range(top):
+                weight, row = _result(call, token, j)
+                total_1 += weight * get(F32, row + 4 * i)
+            put(F32, out + 4 * i, total_1 + first(share) * get(F32, extra + 4 * i) if shared != 0 else total_1)
+
+
+@lru_cache
+def tasks(dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """For weights of `dtype`: gather, the product gate_up, the gate, the product down, the sum."""
+    kind, element = KINDS[DTYPES[dtype]], BYTES[DTYPES[dtype]]
+    products = [compile_task(_product(kind, element, which)) for which in range(LISTS)]
+    gather, activate, add_up = _common_tasks()
+    return gather, products[0], activate, products[1], add_up
+
+
+@lru_cache
+def _common_tasks() -> tuple[int, ...]:
+    return tuple(compile_task(function) for function in (_gather, _activate, _sum))
+
+
+def experts(
+    x: Tensor,
+    gate_up: PackedExperts,
+    down: PackedExperts,
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    gate: Gate = SILU,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    shared: Tensor | None = None,
+    shared_gate: Tensor | None = None,
+    load: Tensor | None = None,
+) -> Tensor:
+    """As the definition, for float32 x and biases, and the "numba" form of the weights."""
+    tokens, hidden = x.shape
+    y = torch.empty(tokens, hidden)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    shared = shared if shared is None or shared.stride(1) == 1 else shared.contiguous()
+    inner, top_k, num_experts = down.in_features, ids.shape[1], gate_up.data.shape[0]
+    per_pair = 4 * (max(hidden, inner) + max(hidden, 2 * inner))
+    turn = max(1, STEP_BYTES // (per_pair * top_k))
+    for begin in range(0, tokens, turn):
+        count = min(turn, tokens - begin)
+        pairs = count * top_k
+        memory = scratch(pairs * (per_pair + 8) + num_experts * (LISTS * (CALL_BYTES + 8) + 16) + 64)
+        packed = memory
+        wide = packed + pairs * 4 * max(hidden, inner)
+        starts = wide + pairs * 4 * max(hidden, 2 * inner)
+        first_tile = starts + 8 * (num_experts + 1)
+        first_task = first_tile + 8 * (num_experts + 1)
+        calls = first_task + LISTS * 8 * (num_experts + 1)
+        order = calls + LISTS * CALL_BYTES * num_experts
+        per_sum = max(1, 4096 // (hidden * top_k))
+        call = describe(
+            FORM, x[begin:].data_ptr(), 4 * x.stride(0), ids[begin:].data_ptr(), weights[begin:].data_ptr(),
+            y[begin:].data_ptr(), count, top_k, num_experts, _address(load), _address(shared, begin),
+            0 if shared is None else 4 * shared.stride(0), _address(shared_gate, begin), hidden, inner,
+            gate_up.data.data_ptr(), _address(gate_up_bias), down.data.data_ptr(), _address(down_bias),
+            gate_up.data.itemsize, starts, order, order + 4 * pairs, first_tile, first_task, calls, packed, wide,
+            per_sum, gate.alpha, gate.limit, gate.offset,
+        )  # fmt: skip
+        tiles = _plan(call)
+        gather, multiply_up, activate, multiply_down, add_up = tasks(gate_up.data.dtype)
+        run(gather, call, tiles)
+        run(multiply_up, call, _num_tasks(first_task, num_experts))
+        run(activate, call, tiles)
+        run(multiply_down, call, _num_tasks(first_task + 8 * (num_experts + 1), num_experts))
+        run(add_up, call, -(-count // per_sum))
+    return y
+
+
+@njit("int64(int64, int64)", cache=True)
+def _num_tasks(firsts: int, experts: int) -> int:
+    return get_i64(firsts + 8 * experts)
+
+
+def _address(tensor: Tensor | None, row: int = 0) -> int:
+    return 0 if tensor is None else tensor[row:].data_ptr()
