@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.layers.weights import Weights
 from engine.models import model_class
 from engine.tensor_file import ITEM_BYTES, WEIGHT_DTYPES, TensorInfo
 from kernels import definitions
@@ -27,7 +28,8 @@ NOWHERE = Path("dummy")
 def dummy_tensors(config: ModelConfig) -> dict[str, TensorInfo]:
     """The tensors that a checkpoint of this model holds, in the dtype that config.json names, by default bfloat16."""
     dtype = next(name for name, ours in WEIGHT_DTYPES.items() if ours == (config.dtype or "bfloat16"))
-    layers = model_class(config.architecture)(config, definitions()).weights.layers
+    family = model_class(config.architecture)
+    layers = family(config, Weights(definitions(), family.FUSED)).weights.layers
     shapes = {name: shape for layer in layers for name, shape in layer.shapes().items()}
     return {
         name: TensorInfo(NOWHERE, dtype, shape, 0, math.prod(shape) * ITEM_BYTES[dtype])
