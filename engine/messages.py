@@ -17,7 +17,8 @@ BLOCK_SIZE = 16
 class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How one sequence is sampled; every value is already checked by the sender.
 
-    Order of application: bias, allowed ids and bad words -> penalties -> temperature -> top-k, top-p, min-p -> draw.
+    Order of application: grammar -> bias, allowed ids and bad words -> penalties -> temperature -> top-k, top-p, min-p
+    -> draw.
     """
 
     max_tokens: int
@@ -36,6 +37,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     eos_token_ids: list[int] = []  # the model's; not looked at with ignore_eos
     ignore_eos: bool = False
     min_tokens: int = 0  # eos and stop ids cannot be drawn before so many output tokens
+    grammar: str = ""  # what the output must match, in llguidance's notation (engine/grammar.py); "": anything
     logprobs: int | None = None  # None: none; 0: of the drawn token; k: and of the k likeliest
     prompt_logprobs: int | None = None
 
@@ -60,6 +62,14 @@ class Start(Struct, tag="start", frozen=True):
     """First message to a new engine process."""
 
     options: EngineOptions
+
+
+class Vocabulary(Struct, tag="vocabulary", frozen=True):
+    """What each token adds to the text, for grammars to be matched against. Sent before any Submit with a grammar."""
+
+    tokens: list[bytes]  # by id
+    special: list[int]  # ids that no grammar's text contains
+    ends: list[int]  # special ids that may follow where a grammar is fulfilled
 
 
 class Submit(Struct, tag="submit", frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -91,7 +101,7 @@ class Stop(Struct, tag="stop", frozen=True):
     """Leave the loop and exit with status 0."""
 
 
-ToEngine = Start | Submit | Abort | Ping | Stop
+ToEngine = Start | Vocabulary | Submit | Abort | Ping | Stop
 
 
 class TokenLogprob(Struct, array_like=True, frozen=True):
@@ -114,8 +124,8 @@ class Delta(Struct, array_like=True, omit_defaults=True):
     scheduled: float | None = None  # when it first ran; with the first delta
     logprobs: list[TokenLogprob] | None = None  # one per token of `tokens`
     prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first delta; None for the first token
-    # Code, when finish is "error": model_produced_nan | internal_error | out_of_memory; and what admission should have
-    # refused: context_length_exceeded | invalid_request.
+    # Code, when finish is "error": model_produced_nan | no_token_left | grammar_failed | internal_error |
+    # out_of_memory; and what admission should have refused: context_length_exceeded | invalid_request.
     error: str | None = None
 
 

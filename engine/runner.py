@@ -25,8 +25,9 @@ from engine.config import EngineConfig, Machine, asked_context, cache_budget, lo
 from engine.device import Device, open_device
 from engine.engine import Engine
 from engine.errors import ConfigError, EngineError
+from engine.grammar import Grammars, Mask
 from engine.logprobs import prompt_logprobs, token_logprobs
-from engine.messages import BLOCK_SIZE, Decision, EngineOptions, Progress, Ready, SamplingParams, Submit
+from engine.messages import BLOCK_SIZE, Decision, EngineOptions, Progress, Ready, SamplingParams, Submit, Vocabulary
 from engine.model_config import ModelConfig
 from engine.sampler import Sampler, failures, ids_in_vocabulary
 from engine.scheduler import Scheduler, StepPlan, StepResult
@@ -48,6 +49,7 @@ class Step:
     starts: NDArray[np.int64]  # [S] tokens computed before the step
     query_start: NDArray[np.int32]  # [S + 1]
     ends: NDArray[np.intp]  # [L] which of them reach their last known token, and so are drawn from
+    constrained: list[int]  # which of those must match a grammar, as indices into `ends`
     batch: Batch
 
 
@@ -70,12 +72,14 @@ class ModelRunner:
         self.device = device
         self.vocab_size = model.config.vocab_size
         self.sampler = Sampler(kernels, device, max_sequences, self.vocab_size)
+        self.grammars = Grammars(self.vocab_size)
 
         columns = math.ceil(max_context / BLOCK_SIZE)
         self.rows: dict[Sequence, int] = {}
         self.free_rows = list(range(max_sequences))
         self.block_tables = np.zeros((max_sequences, columns), np.int32)
         self.num_blocks = [0] * max_sequences  # entries of each block table that are written
+        self.has_grammar = np.zeros(max_sequences, np.bool_)
         self.num_logprobs = np.full(max_sequences, -1, np.int64)  # -1: none asked for
 
         self._token_ids = device.buffer((max_batch_tokens,), torch.int64)
@@ -86,6 +90,10 @@ class ModelRunner:
         self._tables = device.buffer((max_sequences * columns,), torch.int32)
         self._logits_rows = device.buffer((max_sequences,), torch.int64)
 
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """What the ids mean, for sequences that ask for a grammar."""
+        self.grammars.set_vocabulary(vocabulary)
+
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step. A row that fails is in `failed`; what raises is a failure of the whole step."""
         for seq in plan.preempted:
@@ -95,6 +103,8 @@ class ModelRunner:
         step = self._prepare(plan, result)
         if step is None:
             return result
+        for i in step.constrained:
+            self.grammars.begin(step.seqs[step.ends[i]])
         with torch.inference_mode():
             hidden = self.model.forward(step.batch, self.caches)
             self._prompt_logprobs(step, hidden, result)
@@ -106,6 +116,7 @@ class ModelRunner:
         """Its row may go to another sequence; every entry is written anew when it does."""
         row = self.rows.pop(seq, None)
         if row is not None:
+            self.grammars.release(seq)
             self.free_rows.append(row)
 
     def _take_row(self, seq: Sequence) -> int | None:
@@ -122,6 +133,9 @@ class ModelRunner:
         self.num_blocks[row] = 0
         self.num_logprobs[row] = -1 if seq.params.logprobs is None else seq.params.logprobs
         self.sampler.set_row(row, seq.params)
+        self.has_grammar[row] = bool(seq.params.grammar)
+        if seq.params.grammar:
+            self.grammars.enter(seq)
         return row
 
     def _extend_table(self, row: int, blocks: list[int]) -> None:
@@ -194,7 +208,8 @@ class ModelRunner:
             max_query_len=int(counts.max()),
             max_seq_len=max_seq_len,
         )
-        return Step(seqs, rows, starts, query_start, ends, batch)
+        constrained = np.flatnonzero(self.has_grammar[rows[ends]]).tolist()
+        return Step(seqs, rows, starts, query_start, ends, constrained, batch)
 
     def _prompt_logprobs(self, step: Step, hidden: Tensor, result: StepResult) -> None:
         """Where still wanted: one entry per position below prompt_len that the step's rows predict."""
@@ -217,12 +232,19 @@ class ModelRunner:
         logits = self.model.logits(hidden.index_select(0, step.batch.logits_rows))
         asking = np.flatnonzero(self.num_logprobs[rows] >= 0)
         raw = logits.index_select(0, self.device.upload(asking)) if len(asking) else logits  # sampling changes logits
-        ids = self.device.download(self.sampler.sample(logits, rows, seqs)).wait()
+        masks: list[tuple[int, Mask]] = []
+        if step.constrained:
+            asking_seqs = [seqs[i] for i in step.constrained]
+            taken, result.late, failed = self.grammars.take(asking_seqs, alone=len(asking_seqs) == len(seqs))
+            result.failed.update(failed)
+            masks = [(i, mask) for i, mask in zip(step.constrained, taken, strict=True) if mask is not None]
+        ids = self.device.download(self.sampler.sample(logits, rows, seqs, masks)).wait()
         for i, code in failures(ids, self.vocab_size).items():
             result.failed.setdefault(seqs[i], code)
         drawn = zip(seqs, ids.tolist(), strict=True)
-        result.tokens = {seq: token for seq, token in drawn if seq not in result.failed}
-        keep = [j for j, i in enumerate(asking) if seqs[i] not in result.failed]
+        without = result.late.union(result.failed)
+        result.tokens = {seq: token for seq, token in drawn if seq not in without}
+        keep = [j for j, i in enumerate(asking) if seqs[i] not in without]
         if keep:
             asked = asking[keep]
             entries = token_logprobs(raw[keep], ids[asked].tolist(), self.num_logprobs[rows[asked]].tolist())
@@ -425,5 +447,6 @@ def heaviest_step(model: CausalLM, kernels: Kernels, device: Device, config: Eng
         hidden = model.forward(batch, allocate_caches(model, replace(config, num_blocks=1), device))
         logits = model.logits(hidden.index_select(0, batch.logits_rows))
         raw = logits.clone()
-        sampler.sample(logits, np.arange(num_seqs), seqs)
+        masks = [(i, np.full((model.config.vocab_size + 31) // 32 * 4, 255, np.uint8)) for i in range(num_seqs)]
+        sampler.sample(logits, np.arange(num_seqs), seqs, masks)
         token_logprobs(raw, [0] * num_seqs, [20] * num_seqs)

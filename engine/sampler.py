@@ -3,8 +3,9 @@
 Knows sampling params and token ids; knows no model, no cache, no text. Everything a row needs is derived from its
 sequence (its params and its tokens), so preemption, restart and the order of rows in the batch cannot disturb it.
 
-Order: logit_bias -> allowed_token_ids -> bad_words and min_tokens -> penalties -> temperature, top-k, top-p, min-p ->
-draw. Every adjustment is one indexed operation over the flattened logits, in which only rows that ask have entries.
+Order: grammar masks -> logit_bias -> allowed_token_ids -> bad_words and min_tokens -> penalties -> temperature, top-k,
+top-p, min-p -> draw. Every adjustment is one indexed operation over the flattened logits, in which only rows that ask
+have entries.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Ids = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 MODEL_PRODUCED_NAN = -1  # in place of a token id: the model's logits held NaN, +inf or nothing but -inf
-NO_TOKEN_LEFT = -2  # in place of a token id: bias, allowed ids and bad words excluded every token
+NO_TOKEN_LEFT = -2  # in place of a token id: grammar, bias, allowed ids and bad words excluded every token
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 
@@ -190,13 +191,22 @@ class Sampler:
         if rules is not None:
             self.rules[row] = rules
 
-    def sample(self, logits: Tensor, rows: NDArray[np.intp], seqs: list[Sequence]) -> Tensor:
+    def sample(
+        self,
+        logits: Tensor,
+        rows: NDArray[np.intp],
+        seqs: list[Sequence],
+        masks: list[tuple[int, NDArray[np.uint8]]] | None = None,
+    ) -> Tensor:
         """int64 [R]: the token for each row, or MODEL_PRODUCED_NAN or NO_TOKEN_LEFT.
 
-        logits float32 [R, V], changed in place; rows [R] are the persistent rows of the R seqs.
+        logits float32 [R, V], changed in place; rows [R] are the persistent rows of the R seqs. masks: (row of logits,
+        packed bits of the tokens its grammar allows), see `restrict`.
         """
         assert logits.shape == (len(rows), self.vocab_size)
         peak = logits.amax(-1)  # NaN if any is NaN, +inf if any is, -inf if all are
+        if masks:
+            restrict(logits, masks, self.device)
         ruled = np.flatnonzero(self.ruled[rows])
         if len(ruled):
             adjust(logits, [(int(i), self.rules[int(rows[i])], seqs[i]) for i in ruled], self.device)
@@ -210,9 +220,18 @@ class Sampler:
             up(self.min_p[rows]),
             up(uniform(self.seed[rows], positions)),
         )
-        if len(ruled):
+        if masks or len(ruled):
             ids = torch.where(logits.amax(-1) == -torch.inf, NO_TOKEN_LEFT, ids)
         return torch.where(peak.isfinite(), ids, MODEL_PRODUCED_NAN)
+
+
+def restrict(logits: Tensor, masks: list[tuple[int, NDArray[np.uint8]]], device: Device) -> None:
+    """Set to -inf, in logits [R, V], what a row's mask does not allow: bit i of its byte j is token 8 * j + i."""
+    rows = device.upload(_ids(row for row, _ in masks))
+    packed = device.upload(np.stack([mask for _, mask in masks]))  # [G, ceil(V / 8)]
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    banned = ((packed.unsqueeze(-1) >> bits) & 1).flatten(1)[:, : logits.shape[1]] == 0
+    logits[rows] = logits[rows].masked_fill_(banned, -torch.inf)
 
 
 def adjust(logits: Tensor, asking: list[tuple[int, RowRules, Sequence]], device: Device) -> None:

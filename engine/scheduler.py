@@ -15,7 +15,7 @@ from operator import attrgetter
 from typing import Protocol
 
 from engine.block_pool import BlockPool, extend_digests
-from engine.messages import Delta, Stats, Submit, TokenLogprob
+from engine.messages import Delta, Stats, Submit, TokenLogprob, Vocabulary
 from engine.sequence import Sequence, Status
 
 MAX_HEADROOM = 64.0  # blocks
@@ -42,11 +42,16 @@ class StepResult:
     # Where `seq.prompt_logprobs is not None`: entry i is about the token at position num_computed + 1 + i, and there
     # is one for each position below prompt_len that the step's rows predict.
     prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
+    late: set[Sequence] = field(default_factory=set)  # to be drawn from, but not ready: the next step tries again
     failed: dict[Sequence, str] = field(default_factory=dict)  # error code, e.g. model_produced_nan; needs no token
 
 
 class Runner(Protocol):
     """Tensors in, drawn ids out."""
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """What the ids mean, for sequences that ask for a grammar."""
+        ...
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step; reads the sequences, never writes to them. May raise: then the step did not happen."""
@@ -282,7 +287,7 @@ class Scheduler:
                 continue
             if seq.prompt_logprobs is not None:
                 seq.prompt_logprobs[seq.num_computed + 1 :] = result.prompt_logprobs.get(seq, [])
-            seq.num_computed = computed = seq.num_computed + num_tokens
+            seq.num_computed = computed = seq.num_computed + num_tokens - (seq in result.late)
             if computed - seq.num_published * block_size >= block_size:
                 self._publish(seq)
             if seq.followers and computed >= seq.prompt_len:

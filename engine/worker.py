@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from engine.errors import CheckpointError, ConfigError
-from engine.messages import Abort, EngineOptions, Failed, Ping, Pong, Progress, Ready, Start, Stop, Submit
+from engine.messages import Abort, EngineOptions, Failed, Ping, Pong, Progress, Ready, Start, Stop, Submit, Vocabulary
 from engine.transport import Link
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ def serve(link: Link, engine: Engine) -> None:
                 engine.add(message)
             elif isinstance(message, Abort):
                 engine.abort(message.ids)
+            elif isinstance(message, Vocabulary):
+                engine.runner.set_vocabulary(message)
             elif isinstance(message, Ping):
                 link.send(Pong(message.n, engine.stats()))
             elif isinstance(message, Stop):

@@ -1,7 +1,7 @@
 """Chat messages to the text of a prompt, by the model's own Jinja template.
 
 Knows templates, where they come from, and what transformers' apply_chat_template does around them; not token ids,
-routes or the wire format. Rendering happens in a process of its own (template_pool), what users wrote cannot spell
+routes or the wire format. Rendering happens in a process of its own (template_worker), what users wrote cannot spell
 special tokens (user_text).
 """
 
@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 import chat_templates
 from engine.errors import CheckpointError
 from server.errors import RequestError
-from server.template_pool import TemplatePool
+from server.helper_pool import MAX_REQUEST_BYTES, HelperPool, Stopped
 from server.tokenizer import Segment, TokenizerFiles, read_json
 from server.user_text import UserText
 
 MAX_TEMPLATE_BYTES = 1 << 20
+RENDER_SECONDS = 2.0
+MAX_SAID = 200  # characters of a template's own error text
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 RESERVED = {"messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template"}
 
@@ -66,7 +70,7 @@ class ChatTemplates:
         self.reason = reason
         self._named = dict(named or {})
         self._user_text = UserText(special)
-        self._pool = TemplatePool()
+        self._pool = HelperPool("server.template_worker", RENDER_SECONDS)
 
     @classmethod
     def load(cls, model_dir: str | Path, override: Path | None = None) -> ChatTemplates:
@@ -115,7 +119,7 @@ class ChatTemplates:
         variables, hidden = self._user_text.hide(variables, template)
         mark = f"continue {secrets.token_hex(8)} "  # ends in a space, to see whether the template trims
         last = _mark_end(variables["messages"], template, mark) if continue_final_message else ""
-        rendered = await self._pool.render(template, {**self._named, **variables})
+        rendered = await self._run(template, {**self._named, **variables})
         if continue_final_message:
             rendered = _cut_at_mark(rendered, last, mark)
         return hidden.segments(rendered)
@@ -128,6 +132,29 @@ class ChatTemplates:
     async def close(self) -> None:
         """End the helper processes."""
         await self._pool.close()
+
+    async def _run(self, template: str, variables: Mapping[str, Any]) -> str:
+        """Raises RequestError for whatever the template does other than render."""
+        try:
+            request = orjson.dumps({"template": template, "variables": variables})
+        except (TypeError, ValueError):
+            raise _refusal("The request holds values that are not JSON.", code="invalid_request") from None
+        if len(request) > MAX_REQUEST_BYTES:
+            message = f"The messages are larger than {MAX_REQUEST_BYTES} bytes."
+            raise _refusal(message, code="chat_template_limit")
+        try:
+            answer = await self._pool.ask(request)
+        except Stopped as stopped:
+            raise _stopped(str(stopped)) from None
+        status, text = answer[:1], answer[1:].decode("utf-8")
+        if status == b"+":
+            return text
+        said = " ".join(text.split())[:MAX_SAID]
+        if status == b"!":
+            raise _refusal(f"The model's chat template refuses these messages: {said}")
+        if status == b"*":
+            raise _stopped(said)
+        raise _refusal(f"The model's chat template fails on these messages. {said}")
 
     def _choose(self, tools: object) -> str:
         names = ("default",) if tools is None else ("tool_use", "default")
@@ -147,6 +174,11 @@ class ChatTemplates:
 
 def _refusal(message: str, param: str | None = "messages", code: str = "chat_template_error") -> RequestError:
     return RequestError(400, code=code, message=message, param=param)
+
+
+def _stopped(why: str) -> RequestError:
+    message = f"The chat template was stopped: {why}. Send shorter messages, or start the server with --chat-template."
+    return _refusal(message, code="chat_template_limit")
 
 
 def _find(folder: Path, files: TokenizerFiles, override: Path | None) -> tuple[dict[str, str], str, str]:

@@ -33,6 +33,7 @@ from engine.messages import (
     StepOutput,
     Submit,
     ToEngine,
+    Vocabulary,
 )
 
 State = Literal["starting", "ready", "restarting", "failed", "stopping"]
@@ -136,6 +137,7 @@ class EngineClient:
         self.progress_limit = progress_limit
         self.heard = time.monotonic()  # when the engine last showed that it gets on
         self.on_step: Callable[[Stats, int], None] = lambda stats, restarts: None  # told of each step
+        self._vocabulary: Vocabulary | None = None
         self._next_id = itertools.count(1)  # never reused: a late delta cannot meet a stranger
         self._open: dict[int, OpenSequence] = {}
         self._send: Callable[[ToEngine], None] | None = None  # set while an engine takes work
@@ -182,6 +184,12 @@ class EngineClient:
             if not self._open:
                 self._send(Ping(0))  # no step will follow; the answer brings the gauges back to zero
 
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """What the ids mean; before the first sequence with a grammar. Every engine is told."""
+        self._vocabulary = vocabulary
+        if self._send is not None:
+            self._send(vocabulary)
+
     # ---- for the supervisor
 
     def silence(self) -> float:
@@ -200,6 +208,8 @@ class EngineClient:
         """A loaded engine takes work: give it everything that is open, oldest first."""
         self.ready, self.progress, self._send = ready, None, send
         self.heard = time.monotonic()
+        if self._vocabulary is not None:
+            send(self._vocabulary)
         for sequence in self._open.values():
             self._submit(sequence)
         self.set_state("ready")

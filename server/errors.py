@@ -40,7 +40,11 @@ HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_lar
 # Codes that an engine's delta may carry -> what the client reads.
 ENGINE_FAULTS = {
     "model_produced_nan": (500, "The model computed numbers that are not finite for this request; others go on."),
-    "no_token_left": (400, "allowed_token_ids, logit_bias and bad_words together leave no token. Allow at least one."),
+    "no_token_left": (
+        400,
+        "The grammar, allowed_token_ids, logit_bias, bad_words and min_tokens leave no token. Allow at least one.",
+    ),
+    "grammar_failed": (400, "The grammar became too complex to match. Send a simpler schema, regex or grammar."),
     "out_of_memory": (503, "The engine ran out of memory on this request. Try again, or with a shorter prompt."),
     "engine_crashed_twice": (500, "The engine stopped twice while it worked on this request, so it was given up."),
     "engine_unavailable": (503, "The engine has stopped and this request could not be finished. Try again later."),

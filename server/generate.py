@@ -21,9 +21,10 @@ from server.admission import Work
 from server.assemble import Answer, Piece, TextOptions, fold
 from server.auth import salt_of
 from server.errors import RequestError, error_body, internal_error
+from server.grammar import Grammars, answer_part
 from server.logs import Trace
 from server.sampling import bad_word_ids, first_seed, sampling_params
-from server.schema.common import Generation
+from server.schema.generation import Generation
 from server.sse import DONE, EventResponse, unless_gone
 from server.state import ServerState, server_state, trace_of
 
@@ -60,6 +61,20 @@ def _conflict(param: str, why: str) -> RequestError:
     return RequestError(400, code="invalid_value", param=param, message=f"`{param}` cannot be used so: {why}.")
 
 
+async def answer_grammar(state: ServerState, body: Generation) -> str:
+    """The grammar of response_format or structured_outputs, "" for none; raises RequestError."""
+    part = answer_part(body)
+    return "" if part is None else await grammars_of(state, part.param).check(part)
+
+
+def grammars_of(state: ServerState, param: str) -> Grammars:
+    """Raises 400 where the model's tokenizer allows none."""
+    if state.grammars is None:
+        message = f"`{param}` needs to know each token's text and how answers end; this model's tokenizer does not say."
+        raise RequestError(400, code="unsupported_parameter", param=param, message=message + " Leave it out.")
+    return state.grammars
+
+
 async def open_answer(
     request: Request,
     body: Generation,
@@ -70,6 +85,7 @@ async def open_answer(
     default_tokens: int | None = None,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: str,
 ) -> Answer:
     """Admit the prompts and hand them to the engine. max_tokens: the field's name and value; raises RequestError."""
     state, trace = server_state(request), trace_of(request)
@@ -90,7 +106,12 @@ async def open_answer(
         max_tokens_param=max_tokens[0],
         default_tokens=default_tokens,
         params=sampling_params(
-            body, state.info, bad_words=bad_words, logprobs=logprobs, prompt_logprobs=prompt_logprobs
+            body,
+            state.info,
+            bad_words=bad_words,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
         ),
         seed=first_seed(body.seed),
         priority=body.priority or 0,

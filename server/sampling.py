@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.messages import SamplingParams
 from server.model_info import ModelInfo
-from server.schema.common import Generation
+from server.schema.generation import Generation
 from server.tokenizer import Tokenizer
 
 SEEDS = 1 << 63
@@ -37,6 +37,7 @@ def sampling_params(
     bad_words: list[list[int]],
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: str = "",
 ) -> SamplingParams:
     """Everything of a request that says how to sample; where it is silent, the model's author, then OpenAI's defaults.
 
@@ -64,6 +65,7 @@ def sampling_params(
         eos_token_ids=list(info.eos_token_ids),
         ignore_eos=bool(body.ignore_eos),
         min_tokens=body.min_tokens or 0,
+        grammar=grammar,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )

@@ -168,6 +168,7 @@ async def _load(state: ServerState, url: str, began: float) -> Supervisor | None
     """Everything between HTTP being up and being ready. None: it cannot be, and the reason has been printed."""
     from engine.errors import CheckpointError
     from server.chat_template import ChatTemplates
+    from server.grammar import Grammars
     from server.model_info import read_model_info
     from server.model_source import SourceError
     from server.start_report import show, whole_ledger
@@ -196,7 +197,9 @@ async def _load(state: ServerState, url: str, began: float) -> Supervisor | None
             await supervisor.stop()
         print(f"penstock: {complaint}", file=sys.stderr, flush=True)
         return None
-    state.templates, state.tokenizer = templates, tokenizer
+    if (grammars := await asyncio.to_thread(Grammars.of, tokenizer, state.info)) is not None:
+        client.set_vocabulary(grammars.vocabulary)
+    state.templates, state.tokenizer, state.grammars = templates, tokenizer, grammars
     gc.collect()
     gc.freeze()
     decisions = [*_own_decisions(state, located), *client.ready.decisions]
@@ -272,8 +275,9 @@ async def _stop(
         await supervisor.stop()
     server.should_exit = True
     await asyncio.wait([serving])
-    if state.templates is not None:
-        await state.templates.close()
+    for pools in (state.templates, state.grammars):
+        if pools is not None:
+            await pools.close()
 
 
 async def _first(*awaitables: Awaitable[object]) -> None:

@@ -21,6 +21,7 @@ from server.version import package_version
 if TYPE_CHECKING:
     from server.chat_template import ChatTemplates
     from server.engine_client import EngineClient
+    from server.grammar import Grammars
     from server.settings import Settings
     from server.tokenizer import Tokenizer
 
@@ -35,6 +36,7 @@ class ServerState:
     keys: Keys = field(default_factory=Keys)
     tokenizer: Tokenizer | None = None
     templates: ChatTemplates | None = None
+    grammars: Grammars | None = None  # None after loading: the tokenizer allows no structured output
     info: ModelInfo = field(default_factory=ModelInfo)  # stop ids and default sampling of the model
     draining: bool = False  # after SIGTERM: what runs goes on, nothing new comes in
     keepalive_seconds: float = 10.0  # of silence on a stream before a comment is sent

@@ -1,7 +1,6 @@
 """A process that renders chat templates and nothing else, so that a hostile or hopeless template can be killed.
 
-Started by server.template_pool as a script in isolated mode with an empty environment; imports jinja2 and the standard
-library. Knows no files, tokens or HTTP. Frames on stdin and stdout are four bytes of little-endian length and a body.
+Started by server.helper_pool; imports jinja2 and the standard library. Knows no files, tokens or HTTP.
 In: JSON {"template", "variables"}. Out: a byte (+ rendered, ! the template raised, - it failed, * limit), UTF-8 text.
 
 Templates are rendered as Hugging Face's transformers does it: the immutable sandbox, trim_blocks, lstrip_blocks, loop
@@ -12,13 +11,10 @@ marks its content. As there, `dict` and `namespace` are narrowed so that neither
 from __future__ import annotations
 
 import json
-import resource
-import sys
-import time
 from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.exceptions
@@ -28,10 +24,11 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
+from server.helper_process import answer_frames, set_limits
+
 MEMORY_BYTES = 256 << 20  # address space of this process
-CPU_SECONDS = 3  # per rendering; the parent's clock is stricter, this holds when the parent is gone
+CPU_SECONDS = 3  # per rendering
 MAX_OUTPUT = 4 << 20  # characters
-MAX_FRAME = 1 << 25
 
 
 class _Raised(jinja2.TemplateError):
@@ -123,7 +120,12 @@ def render(template: str, variables: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def _answer(frame: bytes) -> tuple[bytes, str]:
+def _answer(frame: bytes) -> bytes:
+    status, text = _rendered(frame)
+    return status + text.encode("utf-8", "replace")
+
+
+def _rendered(frame: bytes) -> tuple[bytes, str]:
     try:
         job = json.loads(frame)
         text = render(job["template"], job["variables"])
@@ -141,42 +143,8 @@ def _answer(frame: bytes) -> tuple[bytes, str]:
         return b"-", f"{type(error).__name__}: {error}"
 
 
-def _read(source: IO[bytes], count: int) -> bytes:
-    data = source.read(count)
-    if len(data) < count:
-        raise SystemExit(0)  # the parent is gone or has closed the pipe
-    return data
-
-
-def _write(sink: IO[bytes], body: bytes) -> None:
-    sink.write(len(body).to_bytes(4, "little") + body)
-    sink.flush()
-
-
-def _limit(kind: int, soft: int) -> None:
-    _, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
-
-
 def main() -> None:
-    """Answer frames until stdin closes; leave after an answer that ran out of memory."""
-    source, sink = sys.stdin.buffer, sys.stdout.buffer
-    _limit(resource.RLIMIT_AS, MEMORY_BYTES)
-    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
-        resource.setrlimit(kind, (0, 0))
+    """Answer frames until stdin closes."""
+    set_limits(MEMORY_BYTES)
     render("{{ strftime_now('%Y') }}{{ messages | tojson }}", {"messages": []})  # what is imported late is imported now
-    _write(sink, b"+")
-    while True:
-        length = int.from_bytes(_read(source, 4), "little")
-        if length > MAX_FRAME:
-            raise SystemExit(1)
-        frame = _read(source, length)
-        _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + CPU_SECONDS)
-        status, text = _answer(frame)
-        _write(sink, status + text.encode("utf-8", "replace"))
-        if status == b"*":
-            raise SystemExit(0)
-
-
-if __name__ == "__main__":
-    main()
+    answer_frames(_answer, CPU_SECONDS)

@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import jsonschema
 import psutil
 import pytest
 import torch
@@ -100,6 +102,31 @@ def test_the_default_model_knows_the_capital_of_france(served: Served) -> None:
     assert "".join(pieces) == whole.choices[0].message.content
 
 
+def test_an_answer_keeps_to_its_schema_however_wild_the_sampling(served: Served) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 30},
+            "population": {"type": "integer", "minimum": 0, "maximum": 40_000_000},
+            "continent": {"enum": ["Africa", "America", "Asia", "Europe", "Oceania"]},
+        },
+        "required": ["city", "population", "continent"],
+        "additionalProperties": False,
+    }
+    answers = client_of(served).chat.completions.create(
+        model="SmolLM2-135M-Instruct",
+        messages=[{"role": "user", "content": "Describe Paris as JSON."}],
+        response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}},
+        temperature=1.5,
+        n=4,
+        seed=7,
+        max_tokens=200,
+    )
+    assert [choice.finish_reason for choice in answers.choices] == ["stop"] * 4
+    for choice in answers.choices:
+        jsonschema.validate(json.loads(choice.message.content or ""), schema)
+
+
 def test_prompt_logprobs_over_http_equal_transformers(smollm2_dir: Path, tmp_path: Path) -> None:
     """In float32, weights and cache, as the reference computes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,8 +147,20 @@ def test_prompt_logprobs_over_http_equal_transformers(smollm2_dir: Path, tmp_pat
     assert torch.allclose(torch.tensor(got[1:-1]), wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "seed": 11, "top_p": 0.95}])
-def test_an_engine_killed_in_mid_answer_loses_not_one_token(served: Served, sampling: dict[str, float]) -> None:
+NAMES = {"type": "array", "items": {"type": "string", "maxLength": 24}, "minItems": 4, "maxItems": 20}
+SAMPLINGS = [
+    {"temperature": 0},
+    {"temperature": 0.9, "seed": 11, "top_p": 0.95},
+    {
+        "temperature": 1.2,
+        "seed": 3,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "names", "schema": NAMES}},
+    },
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_an_engine_killed_in_mid_answer_loses_not_one_token(served: Served, sampling: dict[str, Any]) -> None:
     client = client_of(served)
     ask = {"model": "SmolLM2-135M-Instruct", **STORY, **sampling}
     undisturbed = client.chat.completions.create(**ask).choices[0].message.content

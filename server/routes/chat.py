@@ -15,7 +15,7 @@ from server.assemble import Answer, Piece
 from server.auth import guard
 from server.body import parse
 from server.errors import RequestError
-from server.generate import check_model, check_together, new_head, open_answer, respond, usage
+from server.generate import answer_grammar, check_model, check_together, new_head, open_answer, respond, usage
 from server.schema.chat import ChatRequest, Message
 from server.sse import event
 from server.state import ServerState, server_state, trace_of
@@ -35,6 +35,7 @@ async def chat_completions(request: Request) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         message = "`top_logprobs` needs `logprobs`: true."
         raise RequestError(400, code="invalid_value", param="top_logprobs", message=message)
+    grammar = await answer_grammar(state, body)
     prompt = await render(request, state, body)
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     answer = await open_answer(
@@ -45,6 +46,7 @@ async def chat_completions(request: Request) -> Response:
         max_tokens=(name, getattr(body, name)),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
+        grammar=grammar,
     )
     chunks = ChatChunks(state, body, answer)
     return await respond(request, answer, bool(body.stream), chunks, chunks.whole)

@@ -16,7 +16,7 @@ from server.assemble import Answer, Piece
 from server.auth import guard
 from server.body import parse
 from server.errors import RequestError
-from server.generate import check_model, check_together, new_head, open_answer, respond, usage
+from server.generate import answer_grammar, check_model, check_together, new_head, open_answer, respond, usage
 from server.schema.completions import CompletionRequest
 from server.sse import event
 from server.state import ServerState, server_state, trace_of
@@ -48,6 +48,7 @@ async def completions(request: Request) -> Response:
         texts = await asyncio.to_thread(_decode_all, state, prompts, body.skip_special_tokens is not False)
     if state.settings.log_prompts:
         trace_of(request).prompt_text = orjson.dumps(texts or prompts).decode()
+    grammar = await answer_grammar(state, body)
     scored = body.logprobs if body.echo else None
     answer = await open_answer(
         request,
@@ -58,6 +59,7 @@ async def completions(request: Request) -> Response:
         default_tokens=DEFAULT_TOKENS,
         logprobs=body.logprobs,
         prompt_logprobs=body.prompt_logprobs if scored is None else max(scored, body.prompt_logprobs or 0),
+        grammar=grammar,
     )
     chunks = CompletionChunks(state, body, answer, texts if body.echo else None)
     return await respond(request, answer, bool(body.stream), chunks, chunks.whole)

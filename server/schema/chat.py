@@ -8,18 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.schema.common import (
-    COMMON_REFUSED,
-    INT32,
-    NOT_HERE,
-    Body,
-    Generation,
-    Label,
-    Logprobs,
-    Refused,
-    refuse,
-    tag_of,
-)
+from server.schema.common import INT32, Body, Label, Logprobs, Refused, refuse, tag_of
+from server.schema.generation import COMMON_REFUSED, NOT_HERE, Generation
 
 MAX_MESSAGES = 8192
 MAX_PARTS = 1024

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -61,19 +62,26 @@ class Body(BaseModel):
     def _check_names(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        known = names_of(cls)
         for name, value in data.items():
             entry = cls.refused.get(name)
             if entry is not None and not entry.harmless(value, data):
                 raise PydanticCustomError("unsupported_parameter", entry.way_out, {"name": name})
-            if entry is None and name not in cls.model_fields:
+            if entry is None and name not in known:
                 raise PydanticCustomError("unknown_parameter", "unknown", {"name": name, "close": cls._closest(name)})
-        return {name: value for name, value in data.items() if name in cls.model_fields and value is not None}
+        return {name: value for name, value in data.items() if name in known and value is not None}
 
     @classmethod
     def _closest(cls, name: str) -> str:
-        known = [*cls.model_fields, *cls.refused]
+        known = [*names_of(cls), *cls.refused]
         close = difflib.get_close_matches(name, known, n=1) if safe_name(name) else []
         return close[0] if close else ""
+
+
+@cache
+def names_of(model: type[Body]) -> frozenset[str]:
+    """The names in JSON of a body's fields."""
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
 
 
 def _one_or_many(value: Any) -> Any:
@@ -111,87 +119,3 @@ Temperature = Annotated[float, Field(ge=0, le=100), BeforeValidator(_temperature
 def tag_of(value: Any) -> str:
     """Which side of `text or list` a value is on; tags in <> are left out of a param's name."""
     return "<text>" if isinstance(value, str) else "<list>"
-
-
-class StreamOptions(Body):
-    """OpenAI's stream_options. Obfuscation is padding that a client must ignore, and none is sent."""
-
-    include_usage: bool = False
-    include_obfuscation: bool = False
-
-
-NOT_HERE = "it is not supported here; leave it out"
-
-COMMON_REFUSED: dict[str, Refused] = {
-    "store": refuse("answers are not stored; leave it out or send false", False),
-    "prompt_embeds": refuse("prompts are text or token ids"),
-    "use_beam_search": refuse("beam search is not built; use n with sampling", False),
-    "length_penalty": refuse("it belongs to beam search, which is not built; leave it out", 1.0, 1),
-    "response_format": refuse(
-        'structured output is not built yet; send {"type": "text"} or leave it out', {"type": "text"}
-    ),
-    "structured_outputs": refuse("structured output is not built yet; leave it out", {}),
-    "guided_json": refuse("structured output is not built yet; leave it out"),
-    "guided_regex": refuse("structured output is not built yet; leave it out"),
-    "guided_choice": refuse("structured output is not built yet; leave it out"),
-    "guided_grammar": refuse("structured output is not built yet; leave it out"),
-    "truncate_prompt_tokens": refuse("prompts are never cut; shorten it yourself"),
-    "truncation_side": refuse("prompts are never cut; leave it out"),
-    "thinking_token_budget": refuse("reasoning is not split off yet; leave it out"),
-    "spaces_between_special_tokens": refuse("special tokens are not spaced out here; leave it out", True),
-    "logprob_token_ids": refuse("ask for `top_logprobs` or `logprobs`"),
-    "repetition_detection": refuse("use `repetition_penalty` or `stop`"),
-    "return_tokens_as_token_ids": refuse("use `return_token_ids`", False),
-    "return_token_offsets": refuse(NOT_HERE, False),
-    "return_prompt_text": refuse("the completions route has `echo`", False),
-    "return_weight_versions": refuse(NOT_HERE, False),
-    "kv_transfer_params": refuse(NOT_HERE),
-    "ec_transfer_params": refuse(NOT_HERE),
-    "vllm_xargs": refuse(NOT_HERE, {}),
-    "logits_processors": refuse("logits processors of the client are not run; use `logit_bias`", []),
-}
-
-
-class Generation(Body):
-    """The fields of both generating routes: OpenAI's names, then vLLM's."""
-
-    model: Annotated[str, Field(max_length=MAX_MODEL_CHARS)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None
-    temperature: Temperature | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Biases | None = None
-    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
-    stop: Stops | None = None
-
-    top_k: Annotated[int, Field(ge=-1, le=INT32)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
-    allowed_token_ids: (
-        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True)] | None
-    ) = None
-    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
-    prompt_logprobs: Logprobs | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
-    priority: Annotated[int, Field(ge=-INT32, le=INT32)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
-
-    # Accepted and without effect on the answer.
-    user: Label | None = None
-    request_id: Label | None = None
-    session_id: Label | None = None
-    service_tier: Label | None = None
-    metadata: Metadata | None = None
-    safety_identifier: Label | None = None
-    prompt_cache_key: Label | None = None
-    prompt_cache_retention: Label | None = None
-    stream_interval: Annotated[int, Field(ge=1, le=INT32)] | None = None

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from server.schema.common import COMMON_REFUSED, INT32, Generation, Logprobs, Refused, refuse
+from server.schema.common import INT32, Logprobs, Refused, refuse
+from server.schema.generation import COMMON_REFUSED, Generation
 
 MAX_PROMPTS = 2**16  # the bound that counts is --max-prompts
 FORMS = "must be a text, a list of texts, a list of token ids or a list of such lists, and not empty"

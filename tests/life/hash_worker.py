@@ -16,7 +16,7 @@ from engine import worker
 from engine.block_pool import BlockPool
 from engine.engine import Engine
 from engine.errors import CheckpointError
-from engine.messages import BLOCK_SIZE, EngineOptions, Progress, Ready, SamplingParams, Submit, TokenLogprob
+from engine.messages import BLOCK_SIZE, EngineOptions, Progress, Ready, SamplingParams, Submit, TokenLogprob, Vocabulary
 from engine.scheduler import Scheduler, StepPlan, StepResult
 from engine.sequence import Sequence
 
@@ -43,6 +43,9 @@ class HashRunner:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        pass
 
     def run(self, plan: StepPlan) -> StepResult:
         time.sleep(self.seconds)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from server.schema.chat import ChatRequest
-from server.schema.common import COMMON_REFUSED
 from server.schema.completions import CompletionRequest
+from server.schema.generation import COMMON_REFUSED
 from server.schema.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.server.conftest import chat
 
@@ -161,8 +161,6 @@ UNSUPPORTED = {
     "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"},
     "guided_json": {},
     "audio": {"voice": "alloy"},
     "modalities": ["text", "audio"],

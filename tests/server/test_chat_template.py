@@ -19,7 +19,7 @@ import chat_templates
 from engine.errors import CheckpointError
 from server.chat_template import ChatTemplates
 from server.errors import RequestError
-from server.template_pool import MAX_WORKERS
+from server.helper_pool import MAX_WORKERS
 from server.tokenizer import Tokenizer, load_tokenizer
 from tests.server.template_styles import STYLES
 from tests.server.texts import SPECIALS, random_text, write_toy

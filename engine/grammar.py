@@ -1,0 +1,154 @@
+"""Which tokens may come next where a sequence's output must match a grammar (llguidance).
+
+Knows grammars, token ids and the bytes they stand for; knows no model, no logits and no text beyond those bytes. A
+matcher is a function of its grammar and of the sequence's output so far, so it can be dropped and built again at any
+time: preemption, restart and batching cannot disturb it. Compiling, and masks while the model runs, happen in threads
+(llguidance lets go of the GIL). What is not there in time makes its sequence late for a step, and no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.matcher import GrammarError, build_tokenizer, compile_grammar
+from engine.messages import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from engine.sequence import Sequence
+
+MAX_KEPT, MAX_KEPT_CHARS = 64, 1 << 18  # compiled grammars; a compiled one takes up to some 300 times its text
+PATIENCE = 0.02  # seconds that a step waits, once the model has run, for a mask that was begun with it
+LONE_PATIENCE = 0.1  # the same where no other sequence is held up by it
+
+log = logging.getLogger("penstock.engine")
+
+Mask = NDArray[np.uint8]  # [ceil(V / 32) * 4]: bit i of byte j is token 8 * j + i, set where it may come next
+
+
+@dataclass(slots=True)
+class _Constraint:
+    """One running sequence's matcher, and the mask that is being made."""
+
+    compiled: Future[LLMatcher]  # shared with other sequences: copied, never moved
+    matcher: LLMatcher | None = None
+    seen: int = 0  # output tokens that the matcher has been given
+    mask: Future[Mask] | None = None
+    late: bool = False  # the step before did not get it
+
+
+def _advance(matcher: LLMatcher, new: list[int], size: int) -> Mask:
+    """The mask after `new` more tokens. Runs in a thread; nothing else touches the matcher meanwhile."""
+    mask = np.zeros((size + 31) // 32 * 4, np.uint8)
+    if matcher.consume_tokens(new):
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    if matcher.is_error():
+        raise GrammarError(matcher.get_error())
+    return mask
+
+
+class Grammars:
+    """The grammars of the running sequences. Called by the step loop's one thread."""
+
+    def __init__(self, vocab_size: int) -> None:
+        """vocab_size: columns of the model's logits."""
+        self.vocab_size = vocab_size
+        self._vocabulary: Vocabulary | None = None
+        self._tokenizer: LLTokenizer | None = None
+        self._building = threading.Lock()
+        self._compilers = ThreadPoolExecutor(2, "grammar-compile")
+        self._makers = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2)), "grammar-mask")
+        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()  # by use, oldest first
+        self._chars = 0  # in the keys of _compiled
+        self._constraints: dict[Sequence, _Constraint] = {}
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """What the ids mean. Nothing is built before a grammar is asked for."""
+        self._vocabulary = vocabulary
+
+    def enter(self, seq: Sequence) -> None:
+        """Begin to compile the grammar of a sequence that will run."""
+        self._constraints[seq] = _Constraint(self._compile(seq.params.grammar))
+
+    def begin(self, seq: Sequence) -> None:
+        """Begin the mask for the sequence's next token, unless under way or not compiled yet."""
+        constraint = self._constraints[seq]
+        if constraint.mask is not None or not constraint.compiled.done() or constraint.compiled.exception() is not None:
+            return
+        if constraint.matcher is None:
+            constraint.matcher = constraint.compiled.result().deep_copy()
+        new = seq.tokens[seq.prompt_len + constraint.seen :]
+        constraint.seen += len(new)
+        constraint.mask = self._makers.submit(_advance, constraint.matcher, new, self.vocab_size)
+
+    def take(self, seqs: list[Sequence], alone: bool) -> tuple[list[Mask | None], set[Sequence], dict[Sequence, str]]:
+        """The masks of these, None where there is none: who is late, and who cannot go on, with an error code.
+
+        alone: no other sequence waits for this.
+        """
+        deadline = time.monotonic() + (LONE_PATIENCE if alone else PATIENCE)
+        masks: list[Mask | None] = []
+        late: set[Sequence] = set()
+        failed: dict[Sequence, str] = {}
+        for seq in seqs:
+            constraint = self._constraints[seq]
+            try:
+                masks.append(self._wait(seq, deadline if alone or not constraint.late else 0.0))
+                constraint.late = False
+                continue
+            except TimeoutError:
+                constraint.late = True
+                late.add(seq)
+            except GrammarError as error:
+                log.warning("sequence %d: its grammar failed: %.200s", seq.id, error)
+                failed[seq] = "grammar_failed"
+            except Exception:
+                log.exception("sequence %d: its grammar failed", seq.id)
+                failed[seq] = "internal_error"
+            masks.append(None)
+        return masks, late, failed
+
+    def release(self, seq: Sequence) -> None:
+        """Forget its matcher; unknown ones are fine. A thread that still works on it ends by itself."""
+        self._constraints.pop(seq, None)
+
+    def _wait(self, seq: Sequence, deadline: float) -> Mask:
+        """Raises TimeoutError after the deadline, GrammarError, or whatever failed in a thread."""
+        constraint = self._constraints[seq]
+        constraint.compiled.result(max(0.0, deadline - time.monotonic()))
+        self.begin(seq)
+        assert constraint.mask is not None
+        mask = constraint.mask.result(max(0.0, deadline - time.monotonic()))
+        constraint.mask = None
+        return mask
+
+    def _compile(self, grammar: str) -> Future[LLMatcher]:
+        future = self._compiled.get(grammar)
+        if future is not None:
+            self._compiled.move_to_end(grammar)
+            return future
+        future = self._compiled[grammar] = self._compilers.submit(self._compile_now, grammar)
+        self._chars += len(grammar)
+        while len(self._compiled) > 1 and (len(self._compiled) > MAX_KEPT or self._chars > MAX_KEPT_CHARS):
+            oldest, _ = self._compiled.popitem(last=False)
+            self._chars -= len(oldest)
+        return future
+
+    def _compile_now(self, grammar: str) -> LLMatcher:
+        with self._building:
+            if self._vocabulary is None:
+                raise GrammarError("no vocabulary was sent")
+            if self._tokenizer is None:
+                self._tokenizer = build_tokenizer(self._vocabulary, self.vocab_size)
+        return compile_grammar(self._tokenizer, grammar)
