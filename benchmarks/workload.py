@@ -6,9 +6,10 @@ which most vocabularies hold as one token each; the report shows the counts that
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 COMMON = (
     "the of and to in is that it was for on are with as his they at be this from have or by one had not but what all "
@@ -21,23 +22,61 @@ WORDS = COMMON.split()
 
 @dataclass(frozen=True)
 class Lengths:
-    """A fixed length, or one drawn uniformly from low to high (inclusive), in tokens."""
+    """A fixed length, or one drawn from low to high (inclusive), in tokens: uniformly or lognormally."""
 
     low: int
     high: int
+    median: float | None = None
+    sigma: float = 1.0  # of the logarithm
 
     @staticmethod
     def parse(text: str) -> Lengths:
-        """From "128" or "64-512". Raises ValueError."""
-        low, _, high = text.partition("-")
-        lengths = Lengths(int(low), int(high or low))
-        if not 1 <= lengths.low <= lengths.high:
-            raise ValueError(f"{text!r} is not a length such as 128 or 64-512")
+        """From "128", "64-512", "~200" (lognormal, sigma 1) or "~200/0.5". Raises ValueError."""
+        if text.startswith("~"):
+            median, _, sigma = text[1:].partition("/")
+            lengths = Lengths.lognormal(float(median), float(sigma or 1))
+        else:
+            low, _, high = text.partition("-")
+            lengths = Lengths(int(low), int(high or low))
+        if not 1 <= lengths.low <= lengths.high or not lengths.sigma > 0 or lengths.median == 0:
+            raise ValueError(f"{text!r} is not a length such as 128, 64-512 or ~200")
         return lengths
+
+    @staticmethod
+    def lognormal(median: float, sigma: float = 1.0) -> Lengths:
+        """Cut off where one in some thousands would be longer."""
+        return Lengths(1, math.ceil(median * math.exp(3.5 * sigma)), median, sigma)
+
+    @staticmethod
+    def of_mean(mean: float, sigma: float = 1.0) -> Lengths:
+        """Lognormal with this mean."""
+        return Lengths.lognormal(mean / math.exp(sigma**2 / 2), sigma)
+
+    def scaled(self, factor: float) -> Lengths:
+        """The same shape, so many times as long."""
+        low, high = (max(1, round(factor * length)) for length in (self.low, self.high))
+        return replace(self, low=low, high=high, median=self.median and factor * self.median)
 
     def draw(self, rng: random.Random) -> int:
         """One length."""
-        return rng.randint(self.low, self.high)
+        if self.median is None:
+            return rng.randint(self.low, self.high)
+        return min(max(round(rng.lognormvariate(math.log(self.median), self.sigma)), self.low), self.high)
+
+    def __str__(self) -> str:
+        if self.median is None:
+            return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
+        return f"~{self.median:.0f}/{self.sigma:g}"
+
+
+# (prompt, answer) lengths of public traces: the published means or medians; the spread (sigma 1) is our assumption.
+# ShareGPT: means in Kwon et al. 2023, arXiv 2309.06180. Azure 2023: medians in Patel et al. 2024, arXiv 2311.18677.
+TRACES = {
+    "sharegpt": (Lengths.of_mean(161), Lengths.of_mean(338)),
+    "alpaca": (Lengths.of_mean(19), Lengths.of_mean(58)),
+    "azure-conversation": (Lengths.lognormal(1020), Lengths.lognormal(129)),
+    "azure-code": (Lengths.lognormal(1500), Lengths.lognormal(13)),
+}
 
 
 @dataclass(frozen=True)

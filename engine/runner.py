@@ -257,6 +257,10 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
     CheckpointError or ConfigError, for the user to read, if this folder or these options cannot be served here. The
     ledger holds seconds: `open` is headers and choices, `read` is weights to their place, `warm-up` the first steps.
     """
+    if options.model_runner != "auto":
+        from engine.null import load_null_engine
+
+        return load_null_engine(options, progress)
     began = time.monotonic()
     checkpoint = open_checkpoint(options.model_dir, options.load_format)
     machine = look_at_machine(options.device)
@@ -294,16 +298,24 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
         max_sequences=config.max_sequences,
         max_context=config.max_context,
     )
+    notes = [Decision("note", "checkpoint", note) for note in checkpoint.notes]
+    ledger = {"open": opened - began, "read": read - opened}
+    return served(config, runner, [*decisions, *chosen, *notes], ledger, read)
+
+
+def served(
+    config: EngineConfig, runner: ModelRunner, decisions: list[Decision], ledger: dict[str, float], began: float
+) -> tuple[Engine, Ready]:
+    """A new engine around a runner that has been warmed up, which began then, and what is said of it."""
     warm_up(_engine(config, runner), config)
-    ledger = {"open": opened - began, "read": read - opened, "warm-up": time.monotonic() - read}
     return _engine(config, runner), Ready(
         vocab_size=runner.vocab_size,
         max_context=config.max_context,
         cache_tokens=config.num_blocks * BLOCK_SIZE,
         max_sequences=config.max_sequences,
         max_batch_tokens=config.max_batch_tokens,
-        decisions=[*decisions, *chosen, *(Decision("note", "checkpoint", note) for note in checkpoint.notes)],
-        ledger=ledger,
+        decisions=decisions,
+        ledger={**ledger, "warm-up": time.monotonic() - began},
     )
 
 

@@ -227,7 +227,8 @@ async def _locate(state: ServerState) -> Located:
     settings = state.settings
     load_format = settings.load_format
     located = await asyncio.to_thread(locate, settings.model, settings.revision, report=report, load_format=load_format)
-    return await asyncio.to_thread(with_tokenizer, located) if load_format == "dummy" else located
+    has_weights = load_format == "auto" and settings.model_runner == "auto"
+    return located if has_weights else await asyncio.to_thread(with_tokenizer, located)
 
 
 async def _first_token(state: ServerState) -> None:

@@ -78,6 +78,10 @@ class Settings:
     kernels: str = _option(
         "engine", "auto: the fastest for the device; torch: the definitions", "auto", choices=("auto", "torch")
     )
+    model_runner: str = _option(
+        "engine", "null, null-h100-8b: no model, at once or as slow as one (benchmarks)", "auto",
+        choices=("auto", "null", "null-h100-8b"), is_hidden=True,
+    )  # fmt: skip
     max_context: int | None = _option(
         "engine", "longest prompt + answer, tokens; default: what model and cache allow", low=16
     )
@@ -144,6 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             choices = option.metadata.get("choices")
             metavar = "|".join(choices) if choices else _metavar(option)
+            text = argparse.SUPPRESS if option.metadata.get("is_hidden") else text
             group.add_argument(flag(option), dest=option.name, default=None, metavar=metavar, help=text)
 
 

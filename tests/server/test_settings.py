@@ -32,9 +32,15 @@ def test_every_option_is_explained_with_its_environment_name(option) -> None:
     parser = argparse.ArgumentParser()
     options.add_arguments(parser)
     text = " ".join(parser.format_help().split())
-    assert options.env_name(option) in text.replace(" ", "")
+    assert (options.env_name(option) in text.replace(" ", "")) != bool(option.metadata.get("is_hidden"))
     assert option.metadata["group"] in options.GROUPS
     assert len(option.metadata["help"]) > 10
+
+
+def test_an_option_for_benchmarks_is_taken_and_not_shown() -> None:
+    settings, _ = read(parse("--model-runner", "null"), {})
+    assert settings.model_runner == "null"
+    assert [option.name for option in options.options() if option.metadata.get("is_hidden")] == ["model_runner"]
 
 
 @pytest.mark.parametrize(
