@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.floor import least, machine, measure
 from kernels import cpu, definitions
 from kernels.cpu import threads
-from kernels.cpu.rms_norm import FORM as NORM_FORM
-from kernels.cpu.rms_norm import task as norm_task
+from kernels.cpu.norm import FORM as NORM_FORM
+from kernels.cpu.norm import task as norm_task
 from kernels.linear import linear, pack
 
 Candidates = dict[str, Callable[[], object]]
@@ -135,7 +135,7 @@ def time_others() -> None:
         calls = {
             "rms_norm 896": lambda k, x=x, w=w: k.rms_norm(x, w, 1e-6),
             "add_rms_norm 896": lambda k, x=x, w=w: k.add_rms_norm(x, x.clone(), w, 1e-6),
-            "silu_mul 4864": lambda k, gate=gate: k.silu_mul(gate),
+            "gated silu 4864": lambda k, gate=gate: k.activation(gate),
         }
         for name, call in calls.items():
             best = least({"ours": lambda c=call: c(compiled), "definition": lambda c=call: c(plain)}, 0.2)
@@ -156,7 +156,7 @@ def time_others() -> None:
 
 def empty_region(pause: float) -> float:
     """Median microseconds of a call of two tasks that have nothing to do."""
-    task, call = norm_task(), threads.describe(NORM_FORM, *[0] * 10, 0.0)
+    task, call = norm_task(), threads.describe(NORM_FORM, *[0] * 12, 0.0, 0.0)
     times = []
     for _ in range(500):
         end = time.perf_counter() + pause

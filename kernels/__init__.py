@@ -21,15 +21,28 @@ class Kernels:
     name: str  # "torch" | "triton" | "cpu"
     paged_attention: Callable[..., Tensor]  # kernels/attention/definition.py
     rope_kv: Callable[..., None]  # kernels/rope_kv.py
-    rms_norm: Callable[..., Tensor]  # kernels/rms_norm.py
-    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # kernels/rms_norm.py
-    silu_mul: Callable[..., Tensor]  # kernels/silu_mul.py
+    rms_norm: Callable[..., Tensor]  # kernels/norm.py
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # kernels/norm.py
+    layer_norm: Callable[..., Tensor]  # kernels/norm.py
+    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]  # kernels/norm.py
+    activation: Callable[..., Tensor]  # kernels/activation.py
     route: Callable[..., tuple[Tensor, Tensor]]  # kernels/route.py
     experts: Callable[..., Tensor]  # kernels/experts.py
     sample: Callable[..., Tensor]  # kernels/sample.py
 
 
-OPERATIONS = ("paged_attention", "rope_kv", "rms_norm", "add_rms_norm", "silu_mul", "route", "experts", "sample")
+OPERATIONS = (
+    "paged_attention",
+    "rope_kv",
+    "rms_norm",
+    "add_rms_norm",
+    "layer_norm",
+    "add_layer_norm",
+    "activation",
+    "route",
+    "experts",
+    "sample",
+)
 NATIVE = {"cuda": "triton", "cpu": "cpu"}  # device type -> what "auto" means there
 
 
@@ -50,16 +63,18 @@ def choose(device_type: str, requested: str = "auto") -> Kernels:
 
 def definitions() -> Kernels:
     """Plain torch: slow and obviously right; what every other form is tested against."""
-    from kernels import experts, rms_norm, rope_kv, route, sample, silu_mul
+    from kernels import activation, experts, norm, rope_kv, route, sample
     from kernels.attention import definition
 
     return Kernels(
         name="torch",
         paged_attention=definition.paged_attention,
         rope_kv=rope_kv.rope_kv,
-        rms_norm=rms_norm.rms_norm,
-        add_rms_norm=rms_norm.add_rms_norm,
-        silu_mul=silu_mul.silu_mul,
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        layer_norm=norm.layer_norm,
+        add_layer_norm=norm.add_layer_norm,
+        activation=activation.activation,
         route=route.route,
         experts=experts.experts,
         sample=sample.sample,
@@ -67,16 +82,18 @@ def definitions() -> Kernels:
 
 
 def _triton() -> Kernels:
-    from kernels import experts, rms_norm, rope_kv, route, sample, silu_mul
+    from kernels import activation, experts, norm, rope_kv, route, sample
     from kernels.attention import triton
 
     return Kernels(
         name="triton",
         paged_attention=triton.paged_attention,
         rope_kv=rope_kv.rope_kv_triton,
-        rms_norm=rms_norm.rms_norm_triton,
-        add_rms_norm=rms_norm.add_rms_norm_triton,
-        silu_mul=silu_mul.silu_mul_triton,
+        rms_norm=norm.rms_norm_triton,
+        add_rms_norm=norm.add_rms_norm_triton,
+        layer_norm=norm.layer_norm_triton,
+        add_layer_norm=norm.add_layer_norm_triton,
+        activation=activation.activation_triton,
         route=route.route_triton,
         experts=experts.experts_triton,
         sample=sample.sample_triton,
@@ -92,7 +109,9 @@ def _cpu() -> Kernels:
         rope_kv=cpu.rope_kv,
         rms_norm=cpu.rms_norm,
         add_rms_norm=cpu.add_rms_norm,
-        silu_mul=cpu.silu_mul,
+        layer_norm=cpu.layer_norm,
+        add_layer_norm=cpu.add_layer_norm,
+        activation=cpu.activation,
         route=cpu.route,
         experts=cpu.experts,
         sample=cpu.sample,

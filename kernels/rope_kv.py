@@ -26,30 +26,37 @@ def rope_kv(
     slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    *,
+    interleaved: bool = False,
+    q_scale: Tensor | None = None,
 ) -> None:
     """Rotates q in place; writes rotated k, and v, to their slots in the caches [N, K, P, E].
 
     cos_sin float32 [max_pos, rot]: cosines, then sines, of rot / 2 angles; the first rot <= E features are rotated,
-    feature i with feature i + rot / 2 (the half-split of GPT-NeoX). positions int64 [T]; slot_mapping int64 [T] is
-    block * P + offset, and -1 writes nothing. q, k and v may be strided views whose last dimension is contiguous.
-    Angles are applied in float32 (float64 stays) and rounded once. k is left as it was.
+    feature i with feature i + rot / 2 (the half-split of GPT-NeoX), interleaved feature 2i with 2i + 1 (GPT-J). rot 0
+    rotates nothing. positions int64 [T]; slot_mapping int64 [T] is block * P + offset, and -1 writes nothing. q, k and
+    v may be strided views whose last dimension is contiguous. q_scale float32 [max_pos]: q is multiplied by its
+    position's entry. Angles and scale are applied in float32 (float64 stays) and rounded once. k is left as it was.
     """
     angles = cos_sin[positions]
-    q_THE.copy_(_rotate(q_THE, angles))
+    scale_T11 = 1.0 if q_scale is None else q_scale[positions][:, None, None]
+    q_THE.copy_(_rotate(q_THE, angles, interleaved) * scale_T11)
     kept = slot_mapping >= 0
     block, offset = slot_mapping[kept] // k_cache.shape[2], slot_mapping[kept] % k_cache.shape[2]
-    k_cache[block, :, offset] = _rotate(k_TKE, angles)[kept].to(k_cache.dtype)
+    k_cache[block, :, offset] = _rotate(k_TKE, angles, interleaved).to(k_TKE.dtype)[kept].to(k_cache.dtype)
     v_cache[block, :, offset] = v_TKE[kept].to(v_cache.dtype)
 
 
-def _rotate(x_THE: Tensor, cos_sin_TR: Tensor) -> Tensor:
-    """x with its first R features rotated by the row's angles; a new tensor of x's dtype."""
+def _rotate(x_THE: Tensor, cos_sin_TR: Tensor, interleaved: bool) -> Tensor:
+    """x with its first R features rotated by the row's angles; a new tensor, float32 or wider."""
     rot = cos_sin_TR.shape[-1]
     cos, sin = cos_sin_TR[:, None, : rot // 2], cos_sin_TR[:, None, rot // 2 :]
-    x32 = x_THE.to(torch.promote_types(x_THE.dtype, torch.float32))
-    first, second = x32[..., : rot // 2], x32[..., rot // 2 : rot]
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin, x32[..., rot:]], dim=-1)
-    return rotated.to(x_THE.dtype)
+    rotated = x_THE.to(torch.promote_types(x_THE.dtype, torch.float32), copy=True)
+    one, other = (slice(0, rot, 2), slice(1, rot, 2)) if interleaved else (slice(rot // 2), slice(rot // 2, rot))
+    first, second = rotated[..., one].clone(), rotated[..., other].clone()
+    rotated[..., one] = first * cos - second * sin
+    rotated[..., other] = second * cos + first * sin
+    return rotated
 
 
 # The Triton form: a program takes a few heads of one token; the last ones of a token are k's and v's.
@@ -59,12 +66,14 @@ HEADS = 8  # heads of a program
 
 @jit(("position_ptr", "slot_ptr"))
 def _rope_kv(
-    q_ptr, k_ptr, v_ptr, cos_sin_ptr, position_ptr, slot_ptr, k_cache_ptr, v_cache_ptr,
+    q_ptr, k_ptr, v_ptr, cos_sin_ptr, position_ptr, slot_ptr, k_cache_ptr, v_cache_ptr, q_scale_ptr,
     q_stride, k_stride, v_stride, block_stride, head_stride,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, PAGE: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, cdiv(H, HEADS) + cdiv(K, HEADS)). ROT features are rotated; BLOCK_R, BLOCK_E: ROT / 2, E padded."""
+    STEP: tl.constexpr = 2 if INTERLEAVED else 1  # from one angle's first feature to the next's
+    PAIR: tl.constexpr = 1 if INTERLEAVED else ROT // 2  # from an angle's first feature to its second
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     position = tl.load(position_ptr + token)
@@ -75,12 +84,21 @@ def _rope_kv(
     Q_GROUPS: tl.constexpr = (H + HEADS - 1) // HEADS
     if group < Q_GROUPS:
         head = group * HEADS + tl.arange(0, HEADS)
-        at = q_ptr + token * q_stride + (head * E)[:, None] + angle[None, :]
+        at = q_ptr + token * q_stride + (head * E)[:, None] + angle[None, :] * STEP
         is_item = (head < H)[:, None] & is_angle[None, :]
         first = tl.load(at, mask=is_item, other=0.0).to(tl.float32)
-        second = tl.load(at + ROT // 2, mask=is_item, other=0.0).to(tl.float32)
-        tl.store(at, (first * cos - second * sin).to(q_ptr.dtype.element_ty), mask=is_item)
-        tl.store(at + ROT // 2, (second * cos + first * sin).to(q_ptr.dtype.element_ty), mask=is_item)
+        second = tl.load(at + PAIR, mask=is_item, other=0.0).to(tl.float32)
+        scale = 1.0
+        if SCALE:
+            scale = tl.load(q_scale_ptr + position)
+            if ROT < E:
+                feature = tl.arange(0, BLOCK_E)[None, :]
+                rest = q_ptr + token * q_stride + (head * E)[:, None] + feature
+                is_rest = (head < H)[:, None] & (feature >= ROT) & (feature < E)
+                scaled = tl.load(rest, mask=is_rest, other=0.0).to(tl.float32) * scale
+                tl.store(rest, scaled.to(q_ptr.dtype.element_ty), mask=is_rest)
+        tl.store(at, ((first * cos - second * sin) * scale).to(q_ptr.dtype.element_ty), mask=is_item)
+        tl.store(at + PAIR, ((second * cos + first * sin) * scale).to(q_ptr.dtype.element_ty), mask=is_item)
         return
     slot = tl.load(slot_ptr + token)
     if slot < 0:
@@ -89,13 +107,14 @@ def _rope_kv(
     to = slot // PAGE * block_stride + head.to(tl.int64) * head_stride + slot % PAGE * E
     is_item = (head < K)[:, None] & is_angle[None, :]
     at = k_ptr + token * k_stride + (head * E)[:, None]
-    first = tl.load(at + angle[None, :], mask=is_item, other=0.0).to(tl.float32)
-    second = tl.load(at + ROT // 2 + angle[None, :], mask=is_item, other=0.0).to(tl.float32)
+    pair = angle[None, :] * STEP
+    first = tl.load(at + pair, mask=is_item, other=0.0).to(tl.float32)
+    second = tl.load(at + PAIR + pair, mask=is_item, other=0.0).to(tl.float32)
     to_k = k_cache_ptr + to[:, None]
     rotated = (first * cos - second * sin).to(k_ptr.dtype.element_ty)
-    tl.store(to_k + angle[None, :], rotated.to(k_cache_ptr.dtype.element_ty), mask=is_item)
+    tl.store(to_k + pair, rotated.to(k_cache_ptr.dtype.element_ty), mask=is_item)
     rotated = (second * cos + first * sin).to(k_ptr.dtype.element_ty)
-    tl.store(to_k + ROT // 2 + angle[None, :], rotated.to(k_cache_ptr.dtype.element_ty), mask=is_item)
+    tl.store(to_k + PAIR + pair, rotated.to(k_cache_ptr.dtype.element_ty), mask=is_item)
     feature = tl.arange(0, BLOCK_E)[None, :]
     is_item = (head < K)[:, None] & (feature < E)
     if ROT < E:  # the rest of k goes as it is
@@ -105,17 +124,21 @@ def _rope_kv(
     tl.store(v_cache_ptr + to[:, None] + feature, v.to(v_cache_ptr.dtype.element_ty), mask=is_item)
 
 
-def constants(heads: int, kv_heads: int, head_dim: int, rot: int, page: int) -> dict[str, Any]:
-    """`_rope_kv`'s compile-time constants and launch options."""
+def constants(
+    heads: int, kv_heads: int, head_dim: int, rot: int, page: int, *, interleaved: bool = False, scale: bool = False
+) -> dict[str, Any]:
+    """`_rope_kv`'s compile-time constants and launch options. Query heads that nothing changes are skipped."""
     return {
-        "H": heads,
+        "H": heads if rot or scale else 0,
         "K": kv_heads,
         "E": head_dim,
         "ROT": rot,
         "PAGE": page,
         "HEADS": HEADS,
-        "BLOCK_R": next_power_of_2(rot // 2),
+        "BLOCK_R": next_power_of_2(max(1, rot // 2)),
         "BLOCK_E": next_power_of_2(head_dim),
+        "INTERLEAVED": interleaved,
+        "SCALE": scale,
         "num_warps": 4 if head_dim > 128 else 2,
     }
 
@@ -129,6 +152,9 @@ def rope_kv_triton(
     slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    *,
+    interleaved: bool = False,
+    q_scale: Tensor | None = None,
 ) -> None:
     """rope_kv on a GPU, in one launch. Heads of q, k and v must be contiguous within a token."""
     (tokens, heads, head_dim), kv_heads = q_THE.shape, k_TKE.shape[1]
@@ -136,9 +162,13 @@ def rope_kv_triton(
     assert cos_sin.is_contiguous()
     assert k_cache.stride() == v_cache.stride()
     assert k_cache.stride()[2:] == (head_dim, 1)
-    chosen = constants(heads, kv_heads, head_dim, cos_sin.shape[1], k_cache.shape[2])
-    _rope_kv[(tokens, -(-heads // HEADS) + -(-kv_heads // HEADS))](
+    chosen = constants(
+        heads, kv_heads, head_dim, cos_sin.shape[1], k_cache.shape[2], interleaved=interleaved,
+        scale=q_scale is not None,
+    )  # fmt: skip
+    _rope_kv[(tokens, -(-chosen["H"] // HEADS) + -(-kv_heads // HEADS))](
         q_THE, k_TKE, v_TKE, cos_sin, positions, slot_mapping, k_cache, v_cache,
+        cos_sin if q_scale is None else q_scale,
         q_THE.stride(0), k_TKE.stride(0), v_TKE.stride(0), k_cache.stride(0), k_cache.stride(1),
         **chosen, **OPTIONS,
     )  # fmt: skip

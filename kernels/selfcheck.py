@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import Kernels, choose, definitions
+from kernels.activation import KINDS
 from kernels.experts import PackedExperts, form_of
 from kernels.mixture import Routing
 
@@ -167,42 +168,62 @@ def _check_attention(kernels: Kernels, sizes: Sizes, generator: torch.Generator)
 def _check_rope_kv(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
     tokens, blocks = 37, 5
     heads = sizes.heads + 2 * sizes.kv_heads
-    qkv = _random(generator, sizes, tokens, heads * sizes.head_dim)
-    cache = _random(generator, sizes, 2, blocks, sizes.kv_heads, PAGE, sizes.head_dim)
-    qkv64, cache64 = qkv.double(), cache.double()
-    angles = torch.randn(1000, sizes.rotary, generator=generator, device=qkv.device)
-    positions = torch.randint(0, 1000, (tokens,), generator=generator, device=qkv.device)
-    slots = torch.randperm(blocks * PAGE, generator=generator, device=qkv.device)[:tokens]
-    slots[::5] = -1
-    for op, x, kv, table in ((kernels, qkv, cache, angles), (definitions(), qkv64, cache64, angles.double())):
-        q, k, v = x.view(tokens, heads, -1).split([sizes.heads, sizes.kv_heads, sizes.kv_heads], dim=1)
-        op.rope_kv(q, k, v, table, positions, slots, kv[0], kv[1])
-    return [(qkv[:, : sizes.heads * sizes.head_dim], qkv64[:, : sizes.heads * sizes.head_dim]), (cache, cache64)]
+    pairs = []
+    for interleaved in (False, True):
+        qkv = _random(generator, sizes, tokens, heads * sizes.head_dim)
+        cache = _random(generator, sizes, 2, blocks, sizes.kv_heads, PAGE, sizes.head_dim)
+        qkv64, cache64 = qkv.double(), cache.double()
+        angles = torch.randn(1000, sizes.rotary, generator=generator, device=qkv.device)
+        positions = torch.randint(0, 1000, (tokens,), generator=generator, device=qkv.device)
+        slots = torch.randperm(blocks * PAGE, generator=generator, device=qkv.device)[:tokens]
+        slots[::5] = -1
+        scale = torch.rand(1000, generator=generator, device=qkv.device) if interleaved else None
+        for op, x, kv, table in ((kernels, qkv, cache, angles), (definitions(), qkv64, cache64, angles.double())):
+            q, k, v = x.view(tokens, heads, -1).split([sizes.heads, sizes.kv_heads, sizes.kv_heads], dim=1)
+            op.rope_kv(q, k, v, table, positions, slots, kv[0], kv[1], interleaved=interleaved, q_scale=scale)
+        turned = sizes.heads * sizes.head_dim
+        pairs += [(qkv[:, :turned], qkv64[:, :turned]), (cache, cache64)]
+    return pairs
 
 
 def _check_rms_norm(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
-    x, w = _random(generator, sizes, 19, sizes.hidden), _random(generator, sizes, sizes.hidden)
-    heads, head_w = (
-        _random(generator, sizes, 19, sizes.heads, sizes.head_dim),
-        _random(generator, sizes, sizes.head_dim),
-    )
-    return [
-        (kernels.rms_norm(x, w, 1e-5), definitions().rms_norm(x.double(), w.double(), 1e-5)),
-        (kernels.rms_norm(heads, head_w, 1e-6), definitions().rms_norm(heads.double(), head_w.double(), 1e-6)),
-    ]
+    pairs = []
+    for shape in ((19, sizes.hidden), (19, sizes.heads, sizes.head_dim)):
+        x, w = _random(generator, sizes, *shape), _random(generator, sizes, shape[-1])
+        pairs.append((kernels.rms_norm(x, w, 1e-5), definitions().rms_norm(x.double(), w.double(), 1e-5)))
+    return pairs
 
 
 def _check_add_rms_norm(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
     x, residual = _random(generator, sizes, 19, sizes.hidden), _random(generator, sizes, 19, sizes.hidden)
     w = _random(generator, sizes, sizes.hidden)
-    want = definitions().add_rms_norm(x.double(), residual.double(), w.double(), 1e-5)
-    got = kernels.add_rms_norm(x, residual.clone(), w, 1e-5)
-    return list(zip(got, want, strict=True))
+    pairs: list[Pair] = []
+    for scale in (1.0, 0.25):
+        want = definitions().add_rms_norm(x.double(), residual.double(), w.double(), 1e-5, scale)
+        pairs += zip(kernels.add_rms_norm(x, residual.clone(), w, 1e-5, scale), want, strict=True)
+    return pairs
 
 
-def _check_silu_mul(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+def _check_layer_norm(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    x = _random(generator, sizes, 19, sizes.hidden) + 1
+    w, b = _random(generator, sizes, sizes.hidden), _random(generator, sizes, sizes.hidden)
+    return [
+        (kernels.layer_norm(x, w, b, 1e-5), definitions().layer_norm(x.double(), w.double(), b.double(), 1e-5)),
+        (kernels.layer_norm(x, w, None, 1e-5), definitions().layer_norm(x.double(), w.double(), None, 1e-5)),
+    ]
+
+
+def _check_add_layer_norm(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    x, residual = _random(generator, sizes, 19, sizes.hidden), _random(generator, sizes, 19, sizes.hidden)
+    w, b = _random(generator, sizes, sizes.hidden), _random(generator, sizes, sizes.hidden)
+    want = definitions().add_layer_norm(x.double(), residual.double(), w.double(), b.double(), 1e-5)
+    return list(zip(kernels.add_layer_norm(x, residual.clone(), w, b, 1e-5), want, strict=True))
+
+
+def _check_activation(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
     x = _random(generator, sizes, 19, 2 * sizes.intermediate)
-    return [(kernels.silu_mul(x), definitions().silu_mul(x.double()))]
+    variants = [(kind, gated) for kind in KINDS for gated in (True, False)]
+    return [(kernels.activation(x, *each), definitions().activation(x.double(), *each)) for each in variants]
 
 
 def _check_route(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
@@ -280,7 +301,9 @@ CHECKS: dict[str, Callable[[Kernels, Sizes, torch.Generator], list[Pair]]] = {
     "rope_kv": _check_rope_kv,
     "rms_norm": _check_rms_norm,
     "add_rms_norm": _check_add_rms_norm,
-    "silu_mul": _check_silu_mul,
+    "layer_norm": _check_layer_norm,
+    "add_layer_norm": _check_add_layer_norm,
+    "activation": _check_activation,
     "route": _check_route,
     "experts": _check_experts,
     "sample": _check_sample,

@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import experts, rms_norm, rope_kv, route, sample, silu_mul
+from kernels import activation, experts, norm, rope_kv, route, sample
 from kernels.attention import plan
 from kernels.attention import triton as attention
 from kernels.jit import OPTIONS
@@ -53,11 +53,11 @@ POINTERS = {
     **dict.fromkeys(("query_start_ptr", "seq_lens_ptr", "table_ptr", "top_k_ptr"), "*i32"),
     **dict.fromkeys(("ids_ptr", "order_ptr", "starts_ptr", "histogram_ptr"), "*i32"),
     **dict.fromkeys(("position_ptr", "slot_ptr", "id_ptr", "load_ptr"), "*i64"),
-    **dict.fromkeys(("part_ptr", "part_peak_ptr", "cos_sin_ptr", "logits_ptr", "weights_ptr"), "*fp32"),
+    **dict.fromkeys(("part_ptr", "part_peak_ptr", "cos_sin_ptr", "q_scale_ptr", "logits_ptr", "weights_ptr"), "*fp32"),
     **dict.fromkeys(("temperature_ptr", "top_p_ptr", "min_p_ptr"), "*fp32"),
     "uniform_ptr": "*fp64",
 }  # all others point at the model's dtype
-FLOATS = ("scale", "soft_cap", "eps", "alpha", "limit", "offset")  # all other arguments are integers
+FLOATS = ("scale", "soft_cap", "eps", "x_scale", "alpha", "limit", "offset")  # all other arguments are integers
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ KERNELS: dict[str, Any] = {
     "attention": attention._attention,
     "combine": attention._combine,
     "rope_kv": rope_kv._rope_kv,
-    "rms_norm": rms_norm._rms_norm,
-    "silu_mul": silu_mul._silu_mul,
+    "norm": norm._norm,
+    "activation": activation._activation,
     "sample": sample._sample,
     "route": route._route,
     "experts count": experts._count,
@@ -159,11 +159,17 @@ def small_cases(target: str, quick: bool) -> Iterable[Case]:
     for heads, kv_heads, head_dim in ((32, 8, 128),) if quick else ((9, 3, 64), (32, 8, 128)):
         constants = rope_kv.constants(heads, kv_heads, head_dim, head_dim, 16)
         yield Case(target, "rope_kv", f"H{heads} K{kv_heads} E{head_dim}", *_split_options(constants))
-    norms = [(4096, 1, True), (576, 1, True), (8192, 1, True), (128, 32, False)]
-    for width, inner, add in norms[:1] if quick else norms:
-        constants = rms_norm.constants(width, inner, add=add)
-        yield Case(target, "rms_norm", f"D{width} add" if add else f"E{width} H{inner}", *_split_options(constants))
-    yield Case(target, "silu_mul", "I14336", {"WIDTH": 14336, "BLOCK": silu_mul.BLOCK}, {"num_warps": 4})
+    if not quick:
+        constants = rope_kv.constants(32, 2, 128, 64, 16, interleaved=True)
+        yield Case(target, "rope_kv", "H32 K2 E128 R64 interleaved", *_split_options(constants))
+    norms = [(4096, 1, True, False), (576, 1, True, False), (8192, 1, True, False), (128, 32, False, False)]
+    for width, inner, add, centre in norms[:1] if quick else [*norms, (3072, 1, True, True)]:
+        constants = norm.constants(width, inner, add=add, centre=centre, bias=centre)
+        shape = f"D{width} add" if add else f"E{width} H{inner}"
+        yield Case(target, "norm", shape + " centre" * centre, *_split_options(constants))
+    for kind, gated in (("silu", True), ("gelu_tanh", True), ("gelu_tanh", False))[: 1 if quick else None]:
+        constants = {"WIDTH": 14336, "BLOCK": activation.BLOCK, "KIND": kind, "GATED": gated}
+        yield Case(target, "activation", f"I14336 {kind}" + " gated" * gated, constants, {"num_warps": 4})
     yield Case(target, "sample", "", {"BLOCK": sample.BLOCK}, {"num_warps": sample.WARPS})
 
 

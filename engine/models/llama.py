@@ -118,13 +118,13 @@ class Attention:
 
 
 class MLP:
-    """down(silu(gate(x)) * up(x)). Shazeer 2020, arXiv 2002.05202."""
+    """down(f(gate(x)) * up(x)). Shazeer 2020, arXiv 2002.05202."""
 
     def __init__(self, config: ModelConfig, weights: Weights):
         d, i = config.hidden_size, config.intermediate_size
         self.gate_up_proj = weights.linear("gate_up_proj", d, i, i, bias=config.mlp_bias)
         self.down_proj = weights.linear("down_proj", i, d, bias=config.mlp_bias)
-        self.silu_mul = weights.kernels.silu_mul
+        self.kernels, self.kind = weights.kernels, config.activation
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(self.silu_mul(self.gate_up_proj(x_TD)))
+        return self.down_proj(self.kernels.activation(self.gate_up_proj(x_TD), self.kind))

@@ -8,31 +8,33 @@ from __future__ import annotations
 
 import torch
 
+from kernels.cpu.activation import activation
+from kernels.cpu.activation import task as activation_task
 from kernels.cpu.attention import paged_attention
 from kernels.cpu.attention import task as attention_task
 from kernels.cpu.experts import experts
 from kernels.cpu.linear import tasks as linear_tasks
-from kernels.cpu.rms_norm import add_rms_norm, rms_norm
-from kernels.cpu.rms_norm import task as rms_norm_task
+from kernels.cpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from kernels.cpu.norm import task as norm_task
 from kernels.cpu.rope_kv import rope_kv
 from kernels.cpu.rope_kv import task as rope_kv_task
 from kernels.cpu.route import route
 from kernels.cpu.sample import sample
 from kernels.cpu.sample import task as sample_task
-from kernels.cpu.silu_mul import silu_mul
-from kernels.cpu.silu_mul import task as silu_mul_task
 from kernels.cpu.threads import set_threads
 
 __all__ = [
+    "activation",
+    "add_layer_norm",
     "add_rms_norm",
     "experts",
+    "layer_norm",
     "paged_attention",
     "rms_norm",
     "rope_kv",
     "route",
     "sample",
     "set_threads",
-    "silu_mul",
     "warm",
 ]
 
@@ -42,5 +44,5 @@ def warm(dtype: torch.dtype) -> None:
     linear_tasks(dtype)
     attention_task(dtype)
     rope_kv_task(dtype)
-    for task in (rms_norm_task, silu_mul_task, sample_task):
+    for task in (norm_task, activation_task, sample_task):
         task()

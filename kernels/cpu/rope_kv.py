@@ -17,13 +17,22 @@ TASK_NUMBERS = 1 << 13
 
 # words of a call's description
 (Q, Q_TOKEN, Q_HEAD, HEADS, K, K_TOKEN, K_HEAD, V, V_TOKEN, V_HEAD, KV_HEADS, HEAD_DIM, ROT, COS_SIN, COS_SIN_ROW,
- POSITIONS, SLOTS, K_CACHE, K_BLOCK, V_CACHE, V_BLOCK, PAGE, TOKENS, PER_TASK) = range(24)  # fmt: skip
+ POSITIONS, SLOTS, K_CACHE, K_BLOCK, V_CACHE, V_BLOCK, PAGE, TOKENS, PER_TASK, INTERLEAVED,
+ Q_SCALE) = range(26)  # fmt: skip
 
 
 @njit
-def _rotate(kind: Any, element: int, x: int, angles: int, rot: int, size: int, to: int) -> None:
-    """One head: feature i < rot / 2 with feature i + rot / 2; the features from rot on are copied."""
+def _rotate(kind: Any, element: int, x: int, angles: int, rot: int, size: int, to: int, interleaved: int) -> None:
+    """One head: feature i < rot / 2 with feature i + rot / 2, or 2i with 2i + 1; those from rot on are copied."""
     half = rot // 2
+    if interleaved != 0:
+        for i in range(half):
+            c1, s1 = get(F32, angles + 4 * i), get(F32, angles + 4 * (half + i))
+            a1, b1 = get(F32, x + 8 * i), get(F32, x + 8 * i + 4)
+            put(kind, to + 2 * element * i, a1 * c1 - b1 * s1)
+            put(kind, to + 2 * element * i + element, b1 * c1 + a1 * s1)
+        _copy(kind, element, x, rot, size, to)
+        return
     whole = half // WIDTH * WIDTH
     sines, x2, to2 = angles + 4 * half, x + 4 * half, to + element * half
     for i in range(0, whole, WIDTH):
@@ -49,17 +58,26 @@ def _copy(kind: Any, element: int, x: int, begin: int, size: int, to: int) -> No
         put(kind, to + element * i, get(F32, x + 4 * i))
 
 
+@njit
+def _scale(x: int, size: int, factor: float) -> None:
+    for i in range(size):
+        put(F32, x + 4 * i, get(F32, x + 4 * i) * factor)
+
+
 def _rope_tokens(kind: Any, element: int) -> Any:
     """The task: PER_TASK tokens, for caches of one kind."""
 
     def rope_tokens(call: int, index: int, thread: int) -> None:
-        size, rot, page = word(call, HEAD_DIM), word(call, ROT), word(call, PAGE)
+        size, rot, page, interleaved = word(call, HEAD_DIM), word(call, ROT), word(call, PAGE), word(call, INTERLEAVED)
         begin = index * word(call, PER_TASK)
         for t in range(begin, min(word(call, TOKENS), begin + word(call, PER_TASK))):
-            angles = word(call, COS_SIN) + get_i64(word(call, POSITIONS) + 8 * t) * word(call, COS_SIN_ROW)
+            position = get_i64(word(call, POSITIONS) + 8 * t)
+            angles = word(call, COS_SIN) + position * word(call, COS_SIN_ROW)
             for h in range(word(call, HEADS)):
                 q = word(call, Q) + t * word(call, Q_TOKEN) + h * word(call, Q_HEAD)
-                _rotate(F32, 4, q, angles, rot, rot, q)
+                _rotate(F32, 4, q, angles, rot, rot, q, interleaved)
+                if word(call, Q_SCALE) != 0:
+                    _scale(q, size, get(F32, word(call, Q_SCALE) + 4 * position))
             slot = get_i64(word(call, SLOTS) + 8 * t)
             if slot < 0:
                 continue
@@ -75,6 +93,7 @@ def _rope_tokens(kind: Any, element: int) -> Any:
                     rot,
                     size,
                     word(call, K_CACHE) + slot // page * word(call, K_BLOCK) + inside,
+                    interleaved,
                 )
                 _copy(kind, element, v, 0, size, word(call, V_CACHE) + slot // page * word(call, V_BLOCK) + inside)
 
@@ -96,6 +115,9 @@ def rope_kv(
     slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    *,
+    interleaved: bool = False,
+    q_scale: Tensor | None = None,
 ) -> None:
     """As the definition, for float32 q, k, v and float32, bfloat16 or float16 caches.
 
@@ -113,13 +135,17 @@ def rope_kv(
                      (positions, torch.int64), (slot_mapping, torch.int64), (v_cache, k_cache.dtype)):  # fmt: skip
         if x.dtype is not dtype:
             raise ValueError(f"q, k, v and the angles must be float32, positions and slots int64, not {x.dtype}.")
+    if q_scale is not None and (q_scale.dtype is not torch.float32 or q_scale.stride(0) != 1):
+        raise ValueError(f"The scale of q must be contiguous float32, not {q_scale.dtype}.")
+    turned = heads if cos_sin.shape[1] or q_scale is not None else 0
     element = k_cache.itemsize
     per_task = max(1, TASK_NUMBERS // max(1, (heads + 2 * kv_heads) * e))
     positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
     call = describe(
-        "24q", q_THE.data_ptr(), 4 * q_steps[0], 4 * q_steps[1], heads, k_TKE.data_ptr(), 4 * k_steps[0],
+        "26q", q_THE.data_ptr(), 4 * q_steps[0], 4 * q_steps[1], turned, k_TKE.data_ptr(), 4 * k_steps[0],
         4 * k_steps[1], v_TKE.data_ptr(), 4 * v_steps[0], 4 * v_steps[1], kv_heads, e, cos_sin.shape[1],
         cos_sin.data_ptr(), 4 * cos_sin.stride(0), positions.data_ptr(), slot_mapping.data_ptr(), k_cache.data_ptr(),
         element * k_cache_steps[0], v_cache.data_ptr(), element * v_cache_steps[0], page, tokens, per_task,
+        int(interleaved), 0 if q_scale is None else q_scale.data_ptr(),
     )  # fmt: skip
     run(task(k_cache.dtype), call, -(-tokens // per_task))

@@ -79,6 +79,8 @@ class RopeKv:
     kv_heads: int
     head_dim: int
     rotary: int
+    interleaved: bool = False
+    scale: bool = False
 
 
 ROPE_KV = (
@@ -87,9 +89,18 @@ ROPE_KV = (
     RopeKv(5, 17, 1, 256, 64),  # partial rotation
     RopeKv(7, 10, 2, 80, 32),
     RopeKv(7, 3, 1, 40, 20),  # nothing is a power of two
+    RopeKv(5, 9, 3, 64, 64, interleaved=True),
+    RopeKv(5, 10, 2, 80, 24, interleaved=True, scale=True),
+    RopeKv(5, 4, 2, 64, 64, scale=True),
+    RopeKv(5, 4, 2, 64, 0),  # a layer without rope
+    RopeKv(5, 4, 2, 64, 0, scale=True),
 )
 RMS_NORM = ((1, 1, 16), (5, 1, 576), (3, 1, 1000), (2, 1, 2048), (7, 3, 64), (9, 4, 128), (4, 2, 80))  # T, heads, D
-SILU_MUL = ((1, 8), (5, 1536), (3, 2049), (2, 4097))  # T, I
+ACTIVATION = tuple(  # T, I, kind, gated
+    (*shape, kind, gated)
+    for shape in ((1, 8), (5, 1536), (3, 2049), (2, 4097))
+    for kind, gated in (("silu", True), ("gelu_tanh", True), ("gelu_tanh", False))
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The compiled norms, gate and rope against their definitions in float64, on odd sizes and strided views."""
+"""The compiled norms, activations and rope against their definitions in float64, on odd sizes and strided views."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import activation as activation_definition
 from kernels import choose, cpu
-from kernels import rms_norm as norm_definition
+from kernels import norm as norm_definition
 from kernels import rope_kv as rope_definition
-from kernels import silu_mul as gate_definition
+from kernels.activation import KINDS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 2, 7, 70)
@@ -37,6 +38,26 @@ def test_norms_equal_float64(rows: int, size: int) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_layer_norms_equal_float64(rows: int, size: int) -> None:
+    x, residual, w, b = random(1, rows, size) + 2, random(2, rows, size), random(3, size), random(4, size)
+    for bias in (b, None):
+        expected = norm_definition.layer_norm(x.double(), w, bias, 1e-5)
+        torch.testing.assert_close(cpu.layer_norm(x, w, bias, 1e-5).double(), expected, rtol=3e-6, atol=3e-6)
+        y, summed = cpu.add_layer_norm(x, residual.clone(), w, bias, 1e-5)
+        assert torch.equal(summed, x + residual)
+        expected = norm_definition.layer_norm(summed.double(), w, bias, 1e-5)
+        torch.testing.assert_close(y.double(), expected, rtol=3e-6, atol=3e-6)
+
+
+def test_what_is_added_may_be_scaled() -> None:
+    x, residual, w = random(1, 5, 100), random(2, 5, 100), random(3, 100)
+    y, summed = cpu.add_rms_norm(x, residual.clone(), w, 1e-5, 0.22)
+    torch.testing.assert_close(summed, residual + x * 0.22)
+    torch.testing.assert_close(y, norm_definition.rms_norm(summed, w, 1e-5), rtol=2e-6, atol=2e-6)
+
+
 def test_norm_of_heads_inside_a_fused_projection() -> None:
     fused, w = random(4, 9, 8 * 40), random(5, 40)
     heads = fused[:, 80:240].view(9, 4, 40)
@@ -54,22 +75,30 @@ def test_norm_of_any_layout() -> None:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("size", SIZES)
-def test_the_gate_equals_float64(rows: int, size: int) -> None:
-    gate_up = random(11, rows, 2 * size) * 20
-    expected = gate_definition.silu_mul(gate_up.double())
-    torch.testing.assert_close(cpu.silu_mul(gate_up).double(), expected, rtol=2e-6, atol=2e-6)
+def test_activations_equal_float64(rows: int, size: int) -> None:
+    x = random(11, rows, 2 * size) * 20
+    for kind in KINDS:
+        for gated in (True, False):
+            expected = activation_definition.activation(x.double(), kind, gated)
+            torch.testing.assert_close(cpu.activation(x, kind, gated).double(), expected, rtol=2e-6, atol=3e-6)
 
 
-def test_the_gate_of_extreme_numbers() -> None:
-    gate = torch.tensor([[-1e30, -200.0, -88.5, -1.0, 0.0, 88.5, 200.0, 1e30, torch.inf, torch.nan]])
-    y = cpu.silu_mul(torch.cat([gate, torch.ones_like(gate)], 1))
-    torch.testing.assert_close(y, gate_definition.silu_mul(torch.cat([gate, torch.ones_like(gate)], 1)), equal_nan=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_extreme_numbers(kind: str) -> None:
+    x = torch.tensor([[-1e30, -200.0, -88.5, -1.0, 0.0, 88.5, 200.0, 1e18, torch.nan]])
+    y = cpu.activation(torch.cat([x, torch.ones_like(x)], 1), kind)
+    expected = activation_definition.activation(x, kind, gated=False)
+    torch.testing.assert_close(y, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (128, 64), (24, 24), (20, 10), (7, 2), (64, 0)], ids=str)
-def test_rope_equals_the_definition_and_fills_the_pages(dims: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("interleaved", "scaled"), [(False, False), (True, False), (True, True), (False, True)])
+def test_rope_equals_the_definition_and_fills_the_pages(
+    dims: tuple[int, int], interleaved: bool, scaled: bool, dtype: torch.dtype
+) -> None:
     e, rot = dims
+    options = {"interleaved": interleaved, "q_scale": random(16, 50) if scaled else None}
     tokens, heads, kv = 37, 6, 2
     fused = random(12, tokens, (heads + 2 * kv) * e)
     angles = random(13, 50, max(rot // 2, 1))
@@ -82,7 +111,7 @@ def test_rope_equals_the_definition_and_fills_the_pages(dims: tuple[int, int], d
     for rope in (cpu.rope_kv, rope_definition.rope_kv):
         x = fused.clone().view(tokens, heads + 2 * kv, e)
         caches = [torch.full((5, kv, 16, e), 9.0, dtype=dtype) for _ in range(2)]
-        rope(x[:, :heads], x[:, heads : heads + kv], x[:, heads + kv :], cos_sin, positions, slots, *caches)
+        rope(x[:, :heads], x[:, heads : heads + kv], x[:, heads + kv :], cos_sin, positions, slots, *caches, **options)
         written.append((x, *caches))
     (x, k, v), (x_expected, k_expected, v_expected) = written
     torch.testing.assert_close(x[:, :heads], x_expected[:, :heads], rtol=1e-6, atol=1e-6)
@@ -109,18 +138,19 @@ def test_cache_elements_are_rounded_as_torch_rounds_them(dtype: torch.dtype) -> 
 def test_a_row_has_the_same_bits_alone_and_in_a_crowd() -> None:
     x, w = random(16, 70, 897), random(17, 897)
     assert torch.equal(cpu.rms_norm(x, w, 1e-5)[33:34], cpu.rms_norm(x[33:34], w, 1e-5))
+    assert torch.equal(cpu.layer_norm(x, w, w, 1e-5)[33:34], cpu.layer_norm(x[33:34], w, w, 1e-5))
     gate_up = random(18, 70, 898)
-    assert torch.equal(cpu.silu_mul(gate_up)[33:34], cpu.silu_mul(gate_up[33:34]))
+    assert torch.equal(cpu.activation(gate_up)[33:34], cpu.activation(gate_up[33:34]))
 
 
 def test_no_rows_give_no_rows() -> None:
     assert cpu.rms_norm(torch.empty(0, 8), torch.ones(8), 1e-5).shape == (0, 8)
-    assert cpu.silu_mul(torch.empty(0, 8)).shape == (0, 4)
+    assert cpu.activation(torch.empty(0, 8)).shape == (0, 4)
 
 
 def test_other_dtypes_are_refused() -> None:
     half = torch.ones(2, 4, dtype=torch.bfloat16)
-    for call in (lambda: cpu.rms_norm(half, half[0], 1e-5), lambda: cpu.silu_mul(half)):
+    for call in (lambda: cpu.rms_norm(half, half[0], 1e-5), lambda: cpu.activation(half)):
         with pytest.raises(ValueError, match="bfloat16"):
             call()
 

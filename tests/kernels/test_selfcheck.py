@@ -39,7 +39,9 @@ def off_by_a_tenth(result: Any) -> Any:
     return tuple(x * 1.1 for x in result) if isinstance(result, tuple) else result * 1.1
 
 
-@pytest.mark.parametrize("name", ["paged_attention", "rms_norm", "add_rms_norm", "silu_mul", "experts"])
+@pytest.mark.parametrize(
+    "name", ["paged_attention", "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "activation", "experts"]
+)
 def test_a_wrong_kernel_is_named_and_no_other(name: str, cache_dir: Path) -> None:
     right = getattr(definitions(), name)
     wrong = replace(definitions(), **{name: lambda *args, **options: off_by_a_tenth(right(*args, **options))})
@@ -49,9 +51,10 @@ def test_a_wrong_kernel_is_named_and_no_other(name: str, cache_dir: Path) -> Non
 
 
 def test_a_kernel_that_writes_to_a_wrong_slot_is_named(cache_dir: Path) -> None:
-    def shifted(*args: Tensor) -> None:
+    def shifted(*args: Tensor, **options: Any) -> None:
         q, k, v, cos_sin, positions, slots, *caches = args
-        definitions().rope_kv(q, k, v, cos_sin, positions, torch.where(slots > 0, slots - 1, slots), *caches)
+        slots = torch.where(slots > 0, slots - 1, slots)
+        definitions().rope_kv(q, k, v, cos_sin, positions, slots, *caches, **options)
 
     (line,) = check(replace(definitions(), rope_kv=shifted), cache_dir)
     assert line.startswith("rope_kv (error ")
@@ -87,7 +90,7 @@ def test_attention_that_ignores_the_window_is_named(cache_dir: Path) -> None:
 
 
 def test_not_a_number_is_wrong(cache_dir: Path) -> None:
-    wrong = replace(definitions(), silu_mul=lambda x: definitions().silu_mul(x) * torch.nan)
+    wrong = replace(definitions(), activation=lambda *x: definitions().activation(*x) * torch.nan)
     assert "error inf" in check(wrong, cache_dir)[0]
 
 
@@ -95,15 +98,15 @@ def test_a_kernel_that_does_not_run_is_named_with_its_reason(cache_dir: Path) ->
     def broken(*_: Tensor) -> Tensor:
         raise RuntimeError("ptxas fatal: no such register\nand more")
 
-    (line,) = check(replace(definitions(), silu_mul=broken), cache_dir)
-    assert line == "silu_mul (does not run: RuntimeError: ptxas fatal: no such register and more)"
+    (line,) = check(replace(definitions(), activation=broken), cache_dir)
+    assert line == "activation (does not run: RuntimeError: ptxas fatal: no such register and more)"
 
 
 def test_success_is_remembered_and_failure_is_not(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     counted = {name: lambda *args, c=c: runs.append(c) or c(*args) for name, c in CHECKS.items()}
     monkeypatch.setattr(selfcheck, "CHECKS", counted)
-    wrong = replace(definitions(), silu_mul=lambda x: definitions().silu_mul(x) + 1)
+    wrong = replace(definitions(), activation=lambda *x: definitions().activation(*x) + 1)
     assert [len(check(wrong, cache_dir)) for _ in range(2)] == [1, 1]
     assert len(runs) == 2 * len(CHECKS)
     assert [check(definitions(), cache_dir) for _ in range(2)] == [[], []]
@@ -125,7 +128,7 @@ def test_what_is_remembered_holds_for_the_same_everything(
     if changed == "driver":
         (tmp_path / "version").write_text("570.1\n")
         monkeypatch.setattr(selfcheck, "DRIVER_FILES", (str(tmp_path / "version"),))
-    broken = replace(kernels, silu_mul=lambda x: x)
+    broken = replace(kernels, activation=lambda x, *_: x)
     assert len(check(broken, cache_dir, sizes)) == 1, "checked anew"
 
 
