@@ -64,11 +64,14 @@ class CpuBuffer:
     """Host and device are one memory: push is a view."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._tensor = torch.zeros(shape, dtype=dtype)
+        self._tensor = self._pushed = torch.zeros(shape, dtype=dtype)
         self.host: Array = self._tensor.numpy()
+        self._n = -1
 
     def push(self, n: int) -> Tensor:
-        return self._tensor[:n]
+        if n != self._n:  # steps of one size follow each other, and a view costs more than the rest of this
+            self._n, self._pushed = n, self._tensor[:n]
+        return self._pushed
 
 
 class CpuDownload:

@@ -78,8 +78,11 @@ class ModelRunner:
         self.rows: dict[Sequence, int] = {}
         self.free_rows = list(range(max_sequences))
         self.block_tables = np.zeros((max_sequences, columns), np.int32)
-        self.num_blocks = [0] * max_sequences  # entries of each block table that are written
         self.has_grammar = np.zeros(max_sequences, np.bool_)
+        self.slots = np.zeros(max_sequences, np.int64)  # places for tokens in the part of each table that is written
+        self.computed = np.zeros(max_sequences, np.int64)  # tokens of each in the cache, as its owner has it
+        self.known = np.zeros(max_sequences, np.int64)  # tokens of each that are known, as its owner has it
+        self.newest = np.zeros(max_sequences, np.int64)  # the last of these
         self.num_logprobs = np.full(max_sequences, -1, np.int64)  # -1: none asked for
 
         self._token_ids = device.buffer((max_batch_tokens,), torch.int64)
@@ -110,7 +113,16 @@ class ModelRunner:
             self._prompt_logprobs(step, hidden, result)
             if len(step.ends):
                 self._draw(step, hidden, result)
+        self._advance(step, result)
         return result
+
+    def _advance(self, step: Step, result: StepResult) -> None:
+        """Keep by row what the scheduler notes of each sequence that goes on."""
+        self.computed[step.rows] = step.starts + np.diff(step.query_start)
+        for row, seq in [(self.rows[seq], seq) for seq in result.late]:  # its last token is fed again
+            self.computed[row] -= 1
+            self.known[row] = len(seq.tokens)
+            self.newest[row] = seq.tokens[-1]
 
     def release(self, seq: Sequence) -> None:
         """Its row may go to another sequence; every entry is written anew when it does."""
@@ -119,85 +131,90 @@ class ModelRunner:
             self.grammars.release(seq)
             self.free_rows.append(row)
 
-    def _take_row(self, seq: Sequence) -> int | None:
-        """A row for a sequence that enters; None if it holds an id that is outside the vocabulary.
+    def _take_row(self, seq: Sequence) -> bool:
+        """A row for a sequence that enters. False if it holds an id that is outside the vocabulary.
 
         Such ids are refused at admission. Here they must not reach memory: an embedding lookup or a mask would read or
         write past its row.
         """
         if min(seq.tokens) < 0 or max(seq.tokens) >= self.vocab_size:
-            return None
+            return False
         if not ids_in_vocabulary(seq.params, self.vocab_size):
-            return None
+            return False
         row = self.rows[seq] = self.free_rows.pop()
-        self.num_blocks[row] = 0
+        self.computed[row] = seq.num_computed
+        self.known[row] = len(seq.tokens)
+        self.newest[row] = seq.tokens[-1]
+        self.slots[row] = 0
         self.num_logprobs[row] = -1 if seq.params.logprobs is None else seq.params.logprobs
         self.sampler.set_row(row, seq.params)
         self.has_grammar[row] = bool(seq.params.grammar)
         if seq.params.grammar:
             self.grammars.enter(seq)
-        return row
+        return True
 
     def _extend_table(self, row: int, blocks: list[int]) -> None:
         """Append what is new in a sequence's blocks to its row: a block table only grows while its owner runs."""
-        held = self.num_blocks[row]
+        held = int(self.slots[row]) // BLOCK_SIZE
         assert len(blocks) > held, "a running sequence lost blocks without being released"
         self.block_tables[row, held : len(blocks)] = blocks[held:]
-        self.num_blocks[row] = len(blocks)
+        self.slots[row] = len(blocks) * BLOCK_SIZE
 
     def _prepare(self, plan: StepPlan, result: StepResult) -> Step | None:
-        """Fill the flat arrays; None when no sequence is left to compute."""
-        seqs: list[Sequence] = []
-        rows: list[int] = []
-        counts: list[int] = []
-        known: list[int] = []
-        token_ids: list[int] = []
-        for seq, count in plan.num_tokens.items():
-            row = self.rows.get(seq)
-            if row is None and (row := self._take_row(seq)) is None:
+        """Fill the flat arrays; None when no sequence is left to compute. Only newcomers and chunks cost a loop."""
+        for seq in [seq for seq in plan.num_tokens if seq not in self.rows]:
+            if not self._take_row(seq):
                 result.failed[seq] = "internal_error"
-                continue
-            if len(seq.blocks) != self.num_blocks[row]:
-                self._extend_table(row, seq.blocks)
-            seqs.append(seq)
-            rows.append(row)
-            counts.append(count)
-            known.append(len(seq.tokens))
-            if count == 1:
-                token_ids.append(seq.tokens[seq.num_computed])
-            else:
-                token_ids += seq.tokens[seq.num_computed : seq.num_computed + count]
+        seqs = [seq for seq in plan.num_tokens if seq not in result.failed] if result.failed else [*plan.num_tokens]
         if not seqs:
             return None
-        self._token_ids.host[: len(token_ids)] = token_ids
-        starts = np.fromiter((seq.num_computed for seq in seqs), np.int64, len(seqs))
-        return self._arrays(seqs, np.array(rows, np.intp), starts, np.array(counts), np.array(known))
+        num_seqs = len(seqs)
+        rows = np.fromiter(map(self.rows.__getitem__, seqs), np.intp, num_seqs)
+        counts = np.fromiter(map(plan.num_tokens.__getitem__, seqs), np.int64, num_seqs)
+        starts, known = self.computed[rows], self.known[rows]
+        lengths = starts + counts
+        for i in (lengths > self.slots[rows]).nonzero()[0].tolist():
+            self._extend_table(rows[i], seqs[i].blocks)
+        query_start = self._query_start.host[: num_seqs + 1]
+        query_start[1:] = counts.cumsum()
+        tokens = self._token_ids.host
+        tokens[query_start[:-1]] = self.newest[rows]  # right where only the newest token is fed
+        for i in (starts + 1 < known).nonzero()[0].tolist():
+            start = int(starts[i])
+            tokens[query_start[i] : query_start[i + 1]] = seqs[i].tokens[start : start + int(counts[i])]
+        ends = (lengths == known).nonzero()[0]
+        constrained = self.has_grammar[rows[ends]].nonzero()[0].tolist()
+        batch = self._arrays(rows, starts, counts, lengths, ends)
+        return Step(seqs, rows, starts, query_start, ends, constrained, batch)
 
     def _arrays(
         self,
-        seqs: list[Sequence],
         rows: NDArray[np.intp],
         starts: NDArray[np.int64],
         counts: NDArray[np.int64],
-        known: NDArray[np.int64],
-    ) -> Step:
-        """Positions, slots, lengths and tables from each sequence's row, start and count; all [S] except the result."""
-        num_seqs, num_tokens = len(seqs), int(counts.sum())
-        query_start = self._query_start.host[: num_seqs + 1]
-        np.cumsum(counts, out=query_start[1:])
-        lengths = starts + counts
-        positions = np.arange(num_tokens) + np.repeat(starts - query_start[:-1], counts)
+        lengths: NDArray[np.int64],
+        ends: NDArray[np.intp],
+    ) -> Batch:
+        """Positions, slots and tables; all [S] but ends [L], which are drawn from. query_start is filled already."""
+        query_start = self._query_start.host
+        num_seqs = len(rows)
+        num_tokens = int(query_start[num_seqs])
+        positions, row_of_token = starts, rows
+        if num_tokens > num_seqs:
+            row_of_token = rows.repeat(counts)
+            positions = np.arange(num_tokens) + (starts - query_start[:num_seqs]).repeat(counts)
         self._positions.host[:num_tokens] = positions
-        blocks = self.block_tables[np.repeat(rows, counts), positions // BLOCK_SIZE].astype(np.int64)
-        self._slots.host[:num_tokens] = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+        slots = self._slots.host[:num_tokens]
+        slots[:] = self.block_tables[row_of_token, positions // BLOCK_SIZE]
+        slots *= BLOCK_SIZE
+        slots += positions % BLOCK_SIZE
         self._seq_lens.host[:num_seqs] = lengths
         max_seq_len = int(lengths.max())
         columns = math.ceil(max_seq_len / BLOCK_SIZE)
         size = num_seqs * columns
-        self._tables.host[:size] = self.block_tables[rows, :columns].ravel()
-        ends = np.flatnonzero(lengths == known)
+        self._tables.host[:size].reshape(num_seqs, columns)[:] = self.block_tables[rows, :columns]
         self._logits_rows.host[: len(ends)] = query_start[ends + 1] - 1
-        batch = Batch(
+        return Batch(
             token_ids=self._token_ids.push(num_tokens),
             positions=self._positions.push(num_tokens),
             slot_mapping=self._slots.push(num_tokens),
@@ -205,11 +222,9 @@ class ModelRunner:
             seq_lens=self._seq_lens.push(num_seqs),
             block_tables=self._tables.push(size).view(num_seqs, columns),
             logits_rows=self._logits_rows.push(len(ends)),
-            max_query_len=int(counts.max()),
+            max_query_len=int(counts.max()) if num_tokens > num_seqs else 1,
             max_seq_len=max_seq_len,
         )
-        constrained = np.flatnonzero(self.has_grammar[rows[ends]]).tolist()
-        return Step(seqs, rows, starts, query_start, ends, constrained, batch)
 
     def _prompt_logprobs(self, step: Step, hidden: Tensor, result: StepResult) -> None:
         """Where still wanted: one entry per position below prompt_len that the step's rows predict."""
@@ -239,6 +254,8 @@ class ModelRunner:
             result.failed.update(failed)
             masks = [(i, mask) for i, mask in zip(step.constrained, taken, strict=True) if mask is not None]
         ids = self.device.download(self.sampler.sample(logits, rows, seqs, masks)).wait()
+        self.newest[rows] = ids
+        self.known[rows] += 1
         for i, code in failures(ids, self.vocab_size).items():
             result.failed.setdefault(seqs[i], code)
         drawn = zip(seqs, ids.tolist(), strict=True)
