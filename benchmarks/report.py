@@ -66,6 +66,7 @@ def summarise(outcomes: list[Outcome], seconds: float, ttft_bound: float, itl_bo
         "output_tok_per_s": sum(o.output_tokens for o in good) / seconds,
         "cached_share": sum(o.cached_tokens for o in good) / max(1, sum(o.prompt_tokens for o in good)),
         "goodput_per_s": len(within) / seconds,
+        "goodput_share": len(within) / max(1, len(outcomes)),
     }
     for name, values in series.items():
         for label, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
@@ -74,17 +75,32 @@ def summarise(outcomes: list[Outcome], seconds: float, ttft_bound: float, itl_bo
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as plain aligned text."""
+    """The figures as plain aligned text, with the floor beside those that have one."""
+    floor = figures.get("floor", {})
     lines = [
         f"requests       {figures['requests']} in {figures['seconds']:.1f} s, {figures['errors']} errors",
         f"throughput     {figures['output_tok_per_s']:.1f} output tok/s, {figures['input_tok_per_s']:.1f} input tok/s, "
         f"{figures['request_per_s']:.2f} requests/s",
-        f"goodput        {figures['goodput_per_s']:.2f} requests/s within the bounds",
+        f"goodput        {figures['goodput_per_s']:.2f} requests/s, {figures['goodput_share']:.0%} within the bounds",
         f"cached prompt  {figures['cached_share']:.0%}",
-        f"{'':14} {'p50':>9} {'p90':>9} {'p99':>9}",
     ]
+    if floor:
+        share = figures["output_tok_per_s"] / floor["output_tok_per_s"]
+        lines[1] += f"; floor {floor['output_tok_per_s']:.1f} output tok/s, {share:.0%} reached"
+        lines.append(
+            f"the machine    reads {floor['read'] / 1e9:.1f} GB/s, multiplies {floor['multiply'] / 1e9:.0f} GFLOP/s"
+        )
+    if "server_cpu_cores" in figures:
+        lines.append(
+            f"the server     {figures['server_cpu_cores']:.2f} cores, {figures['server_memory_mib']:.0f} MiB, "
+            f"{figures['server_peak_mib']:.0f} MiB at most"
+        )
+    lines.append(f"the client     {figures.get('client_cpu_cores', 0.0):.2f} cores")
+    lines.append(f"{'':14} {'p50':>9} {'p90':>9} {'p99':>9}" + f" {'floor':>9}" * bool(floor))
     for name, label in (("ttft_ms", "TTFT ms"), ("itl_ms", "ITL ms"), ("tpot_ms", "TPOT ms"), ("e2e_ms", "whole ms")):
-        lines.append(f"{label:14} " + " ".join(f"{figures[f'{name}_{p}']:9.1f}" for p in ("p50", "p90", "p99")))
+        cells = [f"{figures[f'{name}_{p}']:9.1f}" for p in ("p50", "p90", "p99")]
+        cells += [f"{floor[name]:9.1f}"] if name in floor else []
+        lines.append(f"{label:14} " + " ".join(cells))
     return "\n".join(lines)
 
 

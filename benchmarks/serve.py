@@ -1,6 +1,6 @@
 """`penstock bench serve`: load any OpenAI-compatible server and report what its clients felt.
 
-Closed loop (`--concurrency`) or open loop (`--rate`, Gamma arrivals). Chunks are only time-stamped during the run and
+Closed loop (`--concurrency`) or open loop (`--rate`, Gamma arrivals). Replies are only time-stamped during the run and
 parsed after it, so that the client takes little of the machine it may share with the server.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import json
 import sys
 import time
@@ -15,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from benchmarks.client import Client, Reply, parse
+from benchmarks.process import usage
 from benchmarks.report import Outcome, plot, summarise, table, write_json
-from benchmarks.workload import Job, Lengths, make_jobs
+from benchmarks.workload import TRACES, Job, Lengths, make_jobs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", type=int, default=8, help="conversations open at once (closed loop)")
     add("--rate", type=float, default=None, help="conversations per second (open loop) instead of --concurrency")
     add("--burstiness", type=float, default=1.0, help="shape of the Gamma gaps: 1 is Poisson, below 1 is bursty")
-    add("--input-len", type=Lengths.parse, default=Lengths(128, 128), help="prompt tokens, e.g. 128 or 64-512")
-    add("--output-len", type=Lengths.parse, default=Lengths(64, 64), help="answer tokens, e.g. 64 or 16-256")
+    add(
+        "--input-len",
+        type=Lengths.parse,
+        default=Lengths(128, 128),
+        help="prompt tokens: 128, 64-512 (uniform), ~200 (lognormal)",
+    )
+    add("--output-len", type=Lengths.parse, default=Lengths(64, 64), help="answer tokens, likewise")
+    add("--trace", choices=tuple(TRACES), default=None, help="lengths as in a public trace, instead of these two")
     add("--shared-prefix", type=int, default=0, help="tokens at the start that all prompts share")
     add("--turns", type=int, default=1, help="turns of each conversation, every one with the whole history (chat)")
     add("--temperature", type=float, default=0.0)
@@ -41,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ttft-bound", type=float, default=2000.0, help="goodput: TTFT at most, ms")
     add("--itl-bound", type=float, default=200.0, help="goodput: p99 of a request's ITL at most, ms")
     add("--warmup", type=int, default=2, help="requests sent before and not counted")
+    add("--pid", type=int, default=None, help="the server's process here, to report its CPU and memory")
+    add(
+        "--floor",
+        default=None,
+        metavar="MODEL",
+        help="its folder, or a shape of ours: print this machine's floor beside",
+    )
     add("--seed", type=int, default=0)
     add("--json", type=Path, default=None, help="write everything there")
     add("--plot", type=Path, default=None, help="write a PNG there")
@@ -65,28 +79,22 @@ def body_of(args: argparse.Namespace, model: str, history: list[dict[str, str]],
     return body
 
 
-async def send(client: httpx.AsyncClient, path: str, body: dict[str, Any], start: float) -> tuple[Outcome, str]:
-    """Stream one request; its times and the text of the answer."""
-    outcome = Outcome(sent=time.perf_counter() - start)
-    raw: list[tuple[float, bytes]] = []
-    try:
-        async with client.stream("POST", path, json=body) as response:
-            if response.status_code != 200:
-                detail = (await response.aread()).decode("utf-8", "replace")[:300]
-                outcome.error = f"HTTP {response.status_code}: {detail}"
-                return outcome, ""
-            async for chunk in response.aiter_raw():
-                raw.append((time.perf_counter() - start, chunk))
-    except httpx.HTTPError as error:
-        outcome.error = f"{type(error).__name__}: {error}"
+def outcome_of(reply: Reply, start: float) -> tuple[Outcome, str]:
+    """A reply as its client saw it, and the text of the answer."""
+    outcome = Outcome(sent=reply.sent - start, done=reply.ended - start)
+    answer = parse(reply)
+    outcome.error = answer.error
+    if answer.error is None and answer.status != 200:
+        detail = b"".join(data for _, data in answer.body).decode("utf-8", "replace")[:300]
+        outcome.error = f"HTTP {answer.status}: {detail}"
+    if outcome.error is not None:
         return outcome, ""
-    outcome.done = time.perf_counter() - start
-    return outcome, read_events(raw, outcome)
+    return outcome, read_events([(at - start, data) for at, data in answer.body], outcome)
 
 
 def read_events(raw: list[tuple[float, bytes]], outcome: Outcome) -> str:
     """Fill in the outcome from time-stamped bytes of an SSE stream; returns the answer's text."""
-    rest, text = b"", []
+    rest, text, pieces = b"", [], 0
     for at, chunk in raw:
         *lines, rest = (rest + chunk).split(b"\n")
         said = False
@@ -94,72 +102,92 @@ def read_events(raw: list[tuple[float, bytes]], outcome: Outcome) -> str:
             if not line.startswith(b"data:") or line.strip() == b"data: [DONE]":
                 continue
             event = json.loads(line[5:])
-            if "error" in event:
+            if event.get("error"):
                 outcome.error = str(event["error"])[:300]
                 continue
             usage = event.get("usage") or {}
             outcome.prompt_tokens = usage.get("prompt_tokens", outcome.prompt_tokens)
             outcome.output_tokens = usage.get("completion_tokens", outcome.output_tokens)
             outcome.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-            for choice in event.get("choices", []):
+            for choice in event.get("choices") or []:
                 piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
                 said = said or bool(piece)
+                pieces += bool(piece)
                 text.append(piece)
         if said:
             outcome.chunk_times.append(at)
+    outcome.output_tokens = outcome.output_tokens or pieces  # a server without usage: mostly one token an event
     if outcome.error is None and not outcome.chunk_times:
         outcome.error = "no text came"
     return "".join(text)
 
 
-async def converse(
-    client: httpx.AsyncClient, args: argparse.Namespace, model: str, job: Job, start: float
-) -> list[Outcome]:
-    """All turns of one conversation, one after the other."""
+async def converse(client: Client, args: argparse.Namespace, model: str, job: Job) -> list[Reply]:
+    """All turns of one conversation, one after the other; parsed on the way only where a next turn needs the text."""
     path = "/v1/chat/completions" if args.api == "chat" else "/v1/completions"
     history: list[dict[str, str]] = []
-    outcomes = []
+    replies: list[Reply] = []
     for text, max_tokens in zip(job.turns, job.max_tokens, strict=True):
+        if replies:
+            outcome, answer = outcome_of(copy.deepcopy(replies[-1]), 0.0)
+            if outcome.error is not None:
+                break
+            history.append({"role": "assistant", "content": answer})
         history.append({"role": "user", "content": text})
-        outcome, answer = await send(client, path, body_of(args, model, history, max_tokens), start)
-        outcomes.append(outcome)
-        if outcome.error is not None:
-            break
-        history.append({"role": "assistant", "content": answer})
-    return outcomes
+        replies.append(await client.ask(path, body_of(args, model, history, max_tokens)))
+    return replies
 
 
-async def run(args: argparse.Namespace) -> tuple[list[Outcome], float, str]:
-    """Warm up, then send all jobs; (outcomes, seconds, model)."""
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    async with httpx.AsyncClient(base_url=args.url, headers=headers, timeout=None, limits=limits) as client:
-        model = args.model or (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
-        lengths = {"input_len": args.input_len, "output_len": args.output_len}
-        for job in make_jobs(count=args.warmup, seed=args.seed + 1, **lengths):
-            await converse(client, args, model, job, time.perf_counter())
-        jobs = make_jobs(
-            count=args.requests,
-            seed=args.seed,
-            shared_prefix=args.shared_prefix,
-            turns=args.turns,
-            rate=args.rate,
-            burstiness=args.burstiness,
-            **lengths,
-        )
-        gate = asyncio.Semaphore(args.concurrency if args.rate is None else len(jobs))
-        start = time.perf_counter()
-
-        async def one(job: Job) -> list[Outcome]:
-            await asyncio.sleep(max(0.0, job.at - (time.perf_counter() - start)))
-            async with gate:
-                return await converse(client, args, model, job, start)
-
-        outcomes = await _with_progress([asyncio.create_task(one(job)) for job in jobs], args.quiet)
-        return outcomes, time.perf_counter() - start, model
+async def model_of(client: Client) -> str:
+    """The first model that the server lists. ConnectionError if it does not answer as OpenAI's does."""
+    answer = parse(await client.ask("/v1/models"))
+    if answer.error is not None or answer.status != 200:
+        raise ConnectionError(answer.error or f"HTTP {answer.status} for /v1/models")
+    try:
+        return str(json.loads(b"".join(data for _, data in answer.body))["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise ConnectionError("/v1/models lists no model") from None
 
 
-async def _with_progress(tasks: Sequence[asyncio.Task[list[Outcome]]], quiet: bool) -> list[Outcome]:
+async def run(args: argparse.Namespace) -> tuple[list[Outcome], float, str, dict[str, float]]:
+    """Warm up, then send all jobs; (outcomes, seconds, model, what the process behind --pid used)."""
+    client = Client(args.url, args.api_key)
+    model = args.model or await model_of(client)
+    lengths = {"input_len": args.input_len, "output_len": args.output_len}
+    for job in make_jobs(count=args.warmup, seed=args.seed + 1, **lengths):
+        await converse(client, args, model, job)
+    jobs = make_jobs(
+        count=args.requests,
+        seed=args.seed,
+        shared_prefix=args.shared_prefix,
+        turns=args.turns,
+        rate=args.rate,
+        burstiness=args.burstiness,
+        **lengths,
+    )
+    gate = asyncio.Semaphore(args.concurrency if args.rate is None else len(jobs))
+    before = usage(args.pid) if args.pid else None
+    own, start = time.process_time(), time.perf_counter()
+
+    async def one(job: Job) -> list[Reply]:
+        await asyncio.sleep(max(0.0, job.at - (time.perf_counter() - start)))
+        async with gate:
+            return await converse(client, args, model, job)
+
+    replies = await _with_progress([asyncio.create_task(one(job)) for job in jobs], args.quiet)
+    seconds = max((reply.ended for reply in replies), default=time.perf_counter()) - start
+    used = {"client_cpu_cores": (time.process_time() - own) / seconds}
+    if args.pid and before is not None:
+        after = usage(args.pid)
+        used |= {
+            "server_cpu_cores": (after.cpu - before.cpu) / seconds,
+            "server_memory_mib": after.shared_out / 2**20,
+            "server_peak_mib": after.peak / 2**20,
+        }
+    return [outcome_of(reply, start)[0] for reply in replies], seconds, model, used
+
+
+async def _with_progress(tasks: Sequence[asyncio.Task[list[Reply]]], quiet: bool) -> list[Reply]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -169,33 +197,68 @@ async def _with_progress(tasks: Sequence[asyncio.Task[list[Outcome]]], quiet: bo
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    outcomes: list[Outcome] = []
+    replies: list[Reply] = []
     with Progress(*columns, disable=quiet or not sys.stderr.isatty(), transient=True) as bar:
         row = bar.add_task("requests", total=len(tasks), note="")
         for finished in asyncio.as_completed(tasks):
-            outcomes += await finished
-            errors = sum(o.error is not None for o in outcomes)
+            replies += await finished
+            errors = sum(reply.error is not None for reply in replies)
             bar.update(row, advance=1, note=f"{errors} errors" if errors else "")
-    return outcomes
+    return replies
+
+
+def floor_of(args: argparse.Namespace, rates: Any) -> dict[str, float]:
+    """What no server on this machine can beat with these weights, for the closed loop that was asked for."""
+    from benchmarks.floor import DTYPE_BYTES, Sizes, load_floor
+
+    config = local_model(args.floor)
+    return load_floor(
+        Sizes.of(config),
+        rates,
+        DTYPE_BYTES[config.dtype or "bfloat16"],
+        concurrency=min(args.concurrency, args.requests),
+        prompt=args.input_len.typical,
+        output=args.output_len.typical,
+    )
+
+
+def local_model(name: str) -> Any:
+    """The sizes of a model folder, or of a shape of ours. CheckpointError."""
+    from benchmarks.engine import CONFIGS
+    from engine.checkpoint import open_checkpoint
+
+    return open_checkpoint(CONFIGS / name if (CONFIGS / name).is_dir() else name, "dummy").model_config
+
+
+def rates_of(name: str) -> Any:
+    """How fast this machine reads and multiplies, now."""
+    from benchmarks.floor import largest_matrix, measure
+    from engine.config import usable_cores
+
+    config = local_model(name)
+    return measure("cpu", config.dtype or "bfloat16", largest_matrix(config), usable_cores())
 
 
 def main(args: argparse.Namespace) -> int:
     """Run, print the table, write what was asked for; 1 when a request failed."""
+    if args.trace:
+        args.input_len, args.output_len = TRACES[args.trace]
+    if args.floor and (args.rate or args.turns > 1 or args.shared_prefix):
+        print("--floor is that of a closed loop of single, different prompts.", file=sys.stderr)
+        return 2
     try:
-        outcomes, seconds, model = asyncio.run(run(args))
-    except httpx.HTTPError as error:
-        print(
-            f"{args.url} does not answer as an OpenAI server does ({error}).\nStart one: penstock serve",
-            file=sys.stderr,
-        )
+        rates = rates_of(args.floor) if args.floor else None
+        outcomes, seconds, model, used = asyncio.run(run(args))
+    except (ConnectionError, ValueError) as error:
+        print(f"{args.url}: {error}\nStart a server: penstock serve", file=sys.stderr)
         return 1
-    figures = summarise(outcomes, seconds, args.ttft_bound / 1e3, args.itl_bound / 1e3)
-    load = f"rate {args.rate}/s" if args.rate else f"concurrency {args.concurrency}"
+    figures = summarise(outcomes, seconds, args.ttft_bound / 1e3, args.itl_bound / 1e3) | used
+    if rates is not None:
+        rates = rates.best(rates_of(args.floor))
+        figures["floor"] = floor_of(args, rates) | {"read": rates.read, "multiply": rates.multiply}
+    load = f"rate {args.rate:g}/s, Gamma shape {args.burstiness:g}" if args.rate else f"concurrency {args.concurrency}"
     setup = {key: str(value) for key, value in vars(args).items() if key not in ("api_key", "run")}
-    print(
-        f"{model} at {args.url}, {load}, {args.input_len.low}-{args.input_len.high} tokens in, "
-        f"{args.output_len.low}-{args.output_len.high} out"
-    )
+    print(f"{model} at {args.url}, {load}, {args.input_len} tokens in, {args.output_len} out")
     print(table(figures))
     for message in sorted({o.error for o in outcomes if o.error})[:3]:
         print(f"error: {message}")

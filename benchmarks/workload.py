@@ -57,6 +57,13 @@ class Lengths:
         low, high = (max(1, round(factor * length)) for length in (self.low, self.high))
         return replace(self, low=low, high=high, median=self.median and factor * self.median)
 
+    @property
+    def typical(self) -> int:
+        """The mean, rounded."""
+        if self.median is None:
+            return (self.low + self.high + 1) // 2
+        return round(self.median * math.exp(self.sigma**2 / 2))
+
     def draw(self, rng: random.Random) -> int:
         """One length."""
         if self.median is None:
