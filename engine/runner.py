@@ -28,6 +28,7 @@ from engine.errors import ConfigError, EngineError
 from engine.grammar import Grammars, Mask
 from engine.logprobs import prompt_logprobs, token_logprobs
 from engine.messages import BLOCK_SIZE, Decision, EngineOptions, Progress, Ready, SamplingParams, Submit, Vocabulary
+from engine.mixture_config import expert_sizes
 from engine.model_config import ModelConfig
 from engine.sampler import Sampler, failures, ids_in_vocabulary
 from engine.scheduler import Scheduler, StepPlan, StepResult
@@ -428,6 +429,7 @@ def _check_kernels(model: ModelConfig, config: EngineConfig, machine: Machine, d
             vocab=model.vocab_size,
             window=max(model.windows),
             dtype=config.dtype,
+            **expert_sizes(model),
         ),
     )
     if wrong:

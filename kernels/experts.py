@@ -101,14 +101,14 @@ def experts(
     load int64 [X]: how many pairs each expert has had; this call's are added. Sums are in float32 at least.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = torch.zeros(x.shape, dtype=wide, device=x.device)
+    parts = torch.zeros((*ids.shape, x.shape[1]), dtype=wide, device=x.device)
     for e in range(gate_up.data.shape[0]):
         token, j = torch.where(ids == e)
         h = x[token].to(wide) @ gate_up.matrix(e).to(wide).T
         h = gated(h if gate_up_bias is None else h + gate_up_bias[e].to(wide), gate)
         h = h @ down.matrix(e).to(wide).T
-        h = h if down_bias is None else h + down_bias[e].to(wide)
-        y.index_add_(0, token, h * weights[token, j, None].to(wide))
+        parts[token, j] = h if down_bias is None else h + down_bias[e].to(wide)
+    y = (parts * weights[..., None].to(wide)).sum(1)
     if shared is not None:
         share = shared.to(wide)
         y += share if shared_gate is None else share * shared_gate.to(wide).sigmoid()

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 
 from engine.layers.attention import PagedAttention
 from engine.layers.embedding import Embedding
+from engine.layers.experts import RoutedExperts, Router, SeparateExperts, StackedExperts, StoredExperts
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.layers.placement import Layer
 from engine.layers.rope import RotaryTable
+from engine.mixture_config import MixtureConfig
 from engine.rope_config import Rope
 from kernels import Kernels
 
@@ -31,6 +33,9 @@ class Weights:
 
     def linears(self) -> list[Linear]:
         return [layer for layer in self.layers if isinstance(layer, Linear)]
+
+    def experts(self) -> list[RoutedExperts]:
+        return [layer for layer in self.layers if isinstance(layer, RoutedExperts)]
 
     def at(self, path: str) -> Weights:
         return replace(self, prefix=f"{self.prefix}{path}.")
@@ -58,4 +63,34 @@ class Weights:
     def embedding(self, name: str, vocab_size: int, size: int, tied: bool) -> Embedding:
         layer = Embedding(self.prefix + name, vocab_size, size, tied)
         self.layers.append(layer)
+        return layer
+
+    def separate_experts(
+        self,
+        config: MixtureConfig,
+        router: str = "gate",
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        correction: str = "",
+    ) -> RoutedExperts:
+        """Experts whose projections are tensors of their own; `names` are those of gate, up and down."""
+        sizes = (config.num_experts, config.hidden_size, config.expert_size)
+        return self._experts(config, router, SeparateExperts(f"{self.prefix}experts.", *sizes, names), correction)
+
+    def stacked_experts(self, config: MixtureConfig, router: str, gate_up: str, down: str) -> RoutedExperts:
+        """Experts in one tensor each for gate and up, and for down."""
+        sizes = (config.num_experts, config.hidden_size, config.expert_size)
+        return self._experts(config, router, StackedExperts(self.prefix + gate_up, self.prefix + down, *sizes))
+
+    def _experts(
+        self, config: MixtureConfig, router: str, stored: StoredExperts, correction: str = ""
+    ) -> RoutedExperts:
+        chooser = Router(
+            self.prefix + router,
+            config.num_experts,
+            config.hidden_size,
+            self.kernels,
+            correction=correction and self.prefix + correction,
+        )
+        layer = RoutedExperts(config, chooser, stored, self.kernels)
+        self.layers.extend((chooser, layer))
         return layer

@@ -49,7 +49,8 @@ class LlamaForCausalLM:
         self.lm_head = self.embed_tokens.project if tied else weights.linear("lm_head", d, v)
 
     def layer(self, index: int, weights: Weights) -> DecoderLayer:
-        return DecoderLayer(self.config, weights, self.attention(weights.at("self_attn"), self.attend(index)))
+        attention = self.attention(weights.at("self_attn"), self.attend(index))
+        return DecoderLayer(self.config, weights, attention, self.mlp(index, weights))
 
     def attend(self, index: int) -> PagedAttention:
         """The cache's side of a layer's attention: its rope, its scale, its window."""
@@ -59,6 +60,10 @@ class LlamaForCausalLM:
     def attention(self, weights: Weights, attend: PagedAttention) -> Attention:
         """Where most families differ."""
         return Attention(self.config, weights, attend)
+
+    def mlp(self, index: int, weights: Weights) -> Callable[[Tensor], Tensor]:
+        """Where mixtures of experts differ."""
+        return MLP(self.config, weights.at("mlp"))
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
         """Final hidden states [T, D]; K and V of the batch's tokens are written to the caches, one per layer."""
@@ -76,11 +81,11 @@ class LlamaForCausalLM:
 class DecoderLayer:
     """h = r + attention(norm(r)); h + mlp(norm(h)). The last addition is left to whoever norms next."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention):
+    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention, mlp: Callable[[Tensor], Tensor]):
         self.input_layernorm = weights.norm("input_layernorm", config.hidden_size, config.norm_eps)
         self.self_attn = attention
         self.post_attention_layernorm = weights.norm("post_attention_layernorm", config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, weights.at("mlp"))
+        self.mlp = mlp
 
     def __call__(
         self, x_TD: Tensor, residual_TD: Tensor | None, batch: Batch, cache: LayerCache

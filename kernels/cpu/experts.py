@@ -30,12 +30,10 @@ from kernels.cpu.linear import (
     X,
     Y,
     _rows_of,
-    _share,
 )
+from kernels.cpu.linear import tasks as linear_tasks
 from kernels.cpu.simd import (
-    BYTES,
     F32,
-    KINDS,
     WIDTH,
     add,
     div,
@@ -56,10 +54,9 @@ from kernels.cpu.simd import (
     store,
     sub,
 )
-from kernels.cpu.threads import compile_task, describe, run, scratch, word
+from kernels.cpu.threads import _invoke, compile_task, describe, run, scratch, word
 from kernels.cpu.tile import MAX_ROWS
 from kernels.experts import PackedExperts
-from kernels.linear import DTYPES
 from kernels.mixture import SILU, Gate
 
 STEP_BYTES = 1 << 26  # of memory for the pairs of one turn; more tokens than fit take several
@@ -68,8 +65,8 @@ CALL_BYTES = 12 * 8  # of one expert's call of the linear layer
 # words of a call's description; addresses of the plan's arrays: int64 [X + 1] each, int32 [P] each, [X] calls each
 (IN, IN_ROW, IDS, WEIGHTS, OUT, TOKENS, TOP, EXPERTS, LOAD, SHARED, SHARED_ROW, SHARED_GATE, HIDDEN, INNER,
  GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ELEMENT, STARTS, ORDER, PLACE, FIRST_TILE, FIRST_TASK, CALLS, PACKED_ROWS,
- WIDE_ROWS, PER_SUM, FLOATS) = range(29)  # fmt: skip
-FORM = "28q3f"  # FLOATS: alpha, limit and offset of the gate
+ WIDE_ROWS, PER_SUM, LINEAR, FLOATS) = range(30)  # fmt: skip
+FORM = "29q3f"  # FLOATS: alpha, limit and offset of the gate
 LISTS = 2  # FIRST_TASK and CALLS are there for gate_up and for down
 
 
@@ -204,15 +201,15 @@ def _activate(call: int, index: int, thread: int) -> None:
             put(F32, to + 4 * (k * rows + m), get(F32, gate + 4 * k))
 
 
-def _product(kind: Any, element: int, which: int) -> Any:
-    """The task of one index of a product: some panels of one expert, as the linear layer does them."""
-    share = njit(_share(kind, element))
+def _product(which: int) -> Any:
+    """The task of one index of a product: some panels of one expert, by the linear layer's own task."""
 
     def product(call: int, index: int, thread: int) -> None:
         experts = word(call, EXPERTS)
         firsts = word(call, FIRST_TASK) + which * 8 * (experts + 1)
         e = _owner(firsts, experts, index)
-        share(word(call, CALLS) + CALL_BYTES * (which * experts + e), index - get_i64(firsts + 8 * e), thread)
+        mine = word(call, CALLS) + CALL_BYTES * (which * experts + e)
+        _invoke(word(call, LINEAR), mine, index - get_i64(firsts + 8 * e), thread)
 
     return product
 
@@ -251,17 +248,9 @@ def _sum(call: int, index: int, thread: int) -> None:
 
 
 @lru_cache
-def tasks(dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """For weights of `dtype`: gather, the product gate_up, the gate, the product down, the sum."""
-    kind, element = KINDS[DTYPES[dtype]], BYTES[DTYPES[dtype]]
-    products = [compile_task(_product(kind, element, which)) for which in range(LISTS)]
-    gather, activate, add_up = _common_tasks()
-    return gather, products[0], activate, products[1], add_up
-
-
-@lru_cache
-def _common_tasks() -> tuple[int, ...]:
-    return tuple(compile_task(function) for function in (_gather, _activate, _sum))
+def tasks() -> tuple[int, ...]:
+    """Gather, the product gate_up, the gate, the product down, the sum."""
+    return tuple(compile_task(function) for function in (_gather, _product(0), _activate, _product(1), _sum))
 
 
 def experts(
@@ -304,10 +293,10 @@ def experts(
             0 if shared is None else 4 * shared.stride(0), _address(shared_gate, begin), hidden, inner,
             gate_up.data.data_ptr(), _address(gate_up_bias), down.data.data_ptr(), _address(down_bias),
             gate_up.data.itemsize, starts, order, order + 4 * pairs, first_tile, first_task, calls, packed, wide,
-            per_sum, gate.alpha, gate.limit, gate.offset,
+            per_sum, linear_tasks(gate_up.data.dtype)[0], gate.alpha, gate.limit, gate.offset,
         )  # fmt: skip
         tiles = _plan(call)
-        gather, multiply_up, activate, multiply_down, add_up = tasks(gate_up.data.dtype)
+        gather, multiply_up, activate, multiply_down, add_up = tasks()
         run(gather, call, tiles)
         run(multiply_up, call, _num_tasks(first_task, num_experts))
         run(activate, call, tiles)

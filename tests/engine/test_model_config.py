@@ -189,10 +189,10 @@ def test_odd_windows_are_refused(architecture: str, keys: dict[str, Any], messag
 
 
 def test_an_unknown_architecture_is_answered_with_the_supported_ones_closest_first() -> None:
-    config = random_config("Qwen3ForCausalLM", 0) | {"architectures": ["Qwen3MoeForCausalLM"]}
+    config = random_config("Qwen3ForCausalLM", 0) | {"architectures": ["Llama4ForCausalLM"]}
     with pytest.raises(CheckpointError) as caught:
         read_model_config(config)
-    assert str(caught.value).startswith("'Qwen3MoeForCausalLM' is not supported. Supported: Qwen3ForCausalLM, ")
+    assert str(caught.value).startswith("'Llama4ForCausalLM' is not supported. Supported: LlamaForCausalLM, ")
     with pytest.raises(CheckpointError, match="own code") as caught:
         read_model_config(config | {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}})
 

@@ -1,0 +1,150 @@
+"""The routed experts of a layer: who chooses, how the checkpoint keeps their weights, how much each has had to do.
+
+Knows a mixture's sizes and the names of its tensors; the arithmetic is kernels/route.py's and kernels/experts.py's.
+T tokens, D hidden, I intermediate features of an expert, X experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.layers.placement import Placement, Read
+from engine.mixture_config import MixtureConfig
+from kernels import Kernels
+from kernels.experts import PackedExperts, form_of
+from kernels.linear import PackedLinear, linear, pack
+
+
+@dataclass(slots=True)
+class Router:
+    """Logits [T, X] in float32 from weights that are rounded to the model's dtype: choices are easily tipped."""
+
+    name: str
+    num_experts: int
+    size: int
+    kernels: Kernels
+    has_bias: bool = False
+    correction: str = ""  # name of the bias for the choice alone; "" where there is none
+    weight: PackedLinear = field(init=False)
+    bias: Tensor | None = None
+    correction_bias: Tensor | None = None  # float32 [X]
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return linear(x_TD.float(), self.weight, self.bias)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {f"{self.name}.weight": (self.num_experts, self.size)}
+        biases = [f"{self.name}.bias"] * self.has_bias + [self.correction] * bool(self.correction)
+        return found | dict.fromkeys(biases, (self.num_experts,))
+
+    def load(self, read: Read, place: Placement) -> None:
+        weight = torch.empty(self.num_experts, self.size, dtype=place.dtype, device=place.device)
+        read(f"{self.name}.weight", weight)
+        self.weight = pack(weight.float(), form_of(self.kernels.name))
+        if self.has_bias:
+            bias = torch.empty(self.num_experts, dtype=place.dtype, device=place.device)
+            read(f"{self.name}.bias", bias)
+            self.bias = bias.float()
+        if self.correction:
+            self.correction_bias = torch.empty(self.num_experts, device=place.device)
+            read(self.correction, self.correction_bias)
+
+
+class StoredExperts(Protocol):
+    """How a checkpoint keeps the experts of a layer."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Its tensors."""
+
+    def load(self, read: Read, place: Placement, into: RoutedExperts) -> None:
+        """Fill `into`'s empty weights, and its biases where there are any."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeparateExperts:
+    """A tensor for each projection of each expert, as nearly all checkpoints have them."""
+
+    prefix: str
+    num_experts: int
+    size: int  # D
+    inner: int  # I
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = ((self.inner, self.size), (self.inner, self.size), (self.size, self.inner))
+        return {
+            name: shape for e in range(self.num_experts) for name, shape in zip(self.tensors(e), shapes, strict=True)
+        }
+
+    def tensors(self, expert: int) -> tuple[str, str, str]:
+        gate, up, down = (f"{self.prefix}{expert}.{name}.weight" for name in self.names)
+        return gate, up, down
+
+    def load(self, read: Read, place: Placement, into: RoutedExperts) -> None:
+        gate_up = torch.empty(2 * self.inner, self.size, dtype=place.dtype, device=place.device)
+        down = torch.empty(self.size, self.inner, dtype=place.dtype, device=place.device)
+        for e in range(self.num_experts):
+            for name, out in zip(self.tensors(e), (*gate_up.split(self.inner), down), strict=True):
+                read(name, out)
+            into.gate_up.put(e, gate_up)
+            into.down.put(e, down)
+
+
+@dataclass(frozen=True, slots=True)
+class StackedExperts:
+    """One tensor [X, 2I, D] with the gates first, and one [X, D, I]: GraniteMoE."""
+
+    gate_up: str
+    down: str
+    num_experts: int
+    size: int
+    inner: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        x, d, i = self.num_experts, self.size, self.inner
+        return {self.gate_up: (x, 2 * i, d), self.down: (x, d, i)}
+
+    def load(self, read: Read, place: Placement, into: RoutedExperts) -> None:
+        for name, packed in ((self.gate_up, into.gate_up), (self.down, into.down)):
+            whole = torch.empty(self.shapes()[name], dtype=place.dtype, device=place.device)
+            read(name, whole)
+            for e in range(self.num_experts):
+                packed.put(e, whole[e])
+
+
+@dataclass(slots=True)
+class RoutedExperts:
+    """Each token through the experts that the router chose for it; [T, D]."""
+
+    config: MixtureConfig
+    router: Router
+    stored: StoredExperts
+    kernels: Kernels
+    gate_up: PackedExperts = field(init=False)
+    down: PackedExperts = field(init=False)
+    gate_up_bias: Tensor | None = None  # [X, 2I]
+    down_bias: Tensor | None = None  # [X, D]
+    tokens: Tensor = field(init=False)  # int64 [X], on the device: how many tokens each expert has had
+
+    def __call__(self, x_TD: Tensor, shared_TD: Tensor | None = None, shared_gate_T1: Tensor | None = None) -> Tensor:
+        """`shared_TD`, what the shared expert made of x, is added, times sigmoid(shared_gate) where that is given."""
+        ids, weights = self.kernels.route(self.router(x_TD), self.config.routing, self.router.correction_bias)
+        return self.kernels.experts(
+            x_TD, self.gate_up, self.down, ids, weights, gate=self.config.gate, gate_up_bias=self.gate_up_bias,
+            down_bias=self.down_bias, shared=shared_TD, shared_gate=shared_gate_T1, load=self.tokens,
+        )  # fmt: skip
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.stored.shapes()
+
+    def load(self, read: Read, place: Placement) -> None:
+        x, d, i = self.config.num_experts, self.config.hidden_size, self.config.expert_size
+        form = form_of(self.kernels.name)
+        self.gate_up = PackedExperts.empty(form, x, 2 * i, d, place.dtype, place.device)
+        self.down = PackedExperts.empty(form, x, d, i, place.dtype, place.device)
+        self.stored.load(read, place, self)
+        self.tokens = torch.zeros(x, dtype=torch.int64, device=place.device)

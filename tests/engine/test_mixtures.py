@@ -1,0 +1,175 @@
+"""Every mixture of experts gives transformers' probabilities, however its tokens are cut into steps.
+
+transformers writes the checkpoints itself, in the layouts that its own families have on the hub.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from engine.mixture_config import MixtureConfig
+from engine.models.llama import LlamaForCausalLM
+from tests.engine.test_models import FORMS, LENGTHS, Case, Driver, answer, assert_same, generate, load
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+CASES: dict[str, list[dict[str, Any]]] = {
+    "mixtral": [
+        {"num_local_experts": 5, "sliding_window": 20},
+        {"num_local_experts": 3, "num_experts_per_tok": 1, "tie_word_embeddings": True, "rope_parameters": YARN},
+    ],
+    "qwen2_moe": [
+        {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "num_experts": 6, "qkv_bias": False},
+        {
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 17,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "max_window_layers": 2,
+        },
+    ],
+    "qwen3_moe": [
+        {"moe_intermediate_size": 24, "num_experts": 9, "num_experts_per_tok": 4, "norm_topk_prob": True},
+        {"moe_intermediate_size": 33, "num_experts": 4, "decoder_sparse_step": 2, "attention_bias": True},
+    ],
+    "olmoe": [
+        {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 1.5},
+        {"num_experts": 4, "norm_topk_prob": True, "attention_bias": True},
+    ],
+}
+NUMBERED = [(family, i) for family in CASES for i in range(len(CASES[family]))]
+
+
+def random_model(family: str, number: int) -> PreTrainedModel:
+    """A small model of odd shapes whose router has clear preferences and whose probabilities are far from flat."""
+    rng = random.Random(f"{family}/{number}")
+    kv_heads, head_dim = rng.choice([1, 2, 3]), rng.choice([8, 16, 24])
+    sizes = {
+        "vocab_size": 264 + 8 * rng.randrange(8),
+        "intermediate_size": 8 * rng.randrange(4, 9),
+        "num_hidden_layers": 3,
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * rng.choice([1, 2, 4]),
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": 258,
+    }
+    sizes |= {"hidden_size": sizes["num_attention_heads"] * head_dim, "head_dim": head_dim}
+    if family != "olmoe":  # whose norms take hidden_size for granted
+        sizes["hidden_size"] = sizes["num_attention_heads"] * 12
+    config = AutoConfig.for_model(family, **{**sizes, **CASES[family][number]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(number)
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        if "rotary" not in name:
+            parameter.data = drawn(name, parameter.shape, generator)
+    return model
+
+
+def drawn(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Norms around one, biases of 0.3, the rest with a gain that keeps values alive."""
+    noise = torch.randn(shape, generator=generator)
+    if "norm" in name:
+        return 1 + 0.3 * noise
+    if "bias" in name or "sinks" in name:
+        return 0.3 * noise
+    gain = 3.0 if "embed" in name or "lm_head" in name or "gate.weight" in name or "router" in name else 1.5
+    return noise * gain / shape[-1] ** 0.5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads that wait for each other in ever so small products take longer than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes each case once, whatever number of tests looks at it."""
+
+    @cache
+    def make(family: str, number: int) -> Case:
+        path = tmp_path_factory.mktemp("mixture")
+        model = random_model(family, number)
+        model.save_pretrained(path)
+        generator = torch.Generator().manual_seed(number)
+        prompts = {
+            i: torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for i, n in enumerate(LENGTHS)
+        }
+        return Case(path, prompts, {i: answer(model, prompt, one_by_one=False) for i, prompt in prompts.items()})
+
+    return make
+
+
+@pytest.mark.parametrize("kernels", FORMS)
+@pytest.mark.parametrize(("family", "number"), NUMBERED)
+def test_each_mixture_equals_transformers(case_of: Any, family: str, number: int, kernels: str) -> None:
+    """In one prefill, in chunks, and in a crowd: all probabilities after all tokens, and the greedy continuation."""
+    case: Case = case_of(family, number)
+    model = load(case.path, kernels)
+    alone, chunked = {}, {}
+    for i, prompt in case.prompts.items():
+        alone |= generate(Driver(model, seed=i), {i: prompt}, most=10**6, seed=i)
+        chunked |= generate(Driver(model, seed=i), {i: prompt}, most=9, seed=i)
+    crowd = generate(Driver(model, seed=number), case.prompts, most=17, seed=number)
+    for found in (alone, chunked, crowd):
+        assert_same(found, case.expected)
+    assert_counted(model, sum(len(ids) for found in (alone, chunked, crowd) for ids, _ in found.values()))
+
+
+def assert_counted(model: LlamaForCausalLM, tokens: int) -> None:
+    """Every token that was computed went to top_k experts in every layer with experts."""
+    config = model.config
+    assert isinstance(config, MixtureConfig)
+    loads = [layer.tokens for layer in model.weights.experts()]
+    assert len(loads) == sum(config.routed)
+    assert all(int(load.sum()) == tokens * config.routing.top_k for load in loads)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_on_a_cpu_the_bits_do_not_depend_on_chunks_or_neighbours(case_of: Any, family: str) -> None:
+    case: Case = case_of(family, 0)
+    model = load(case.path, "cpu")
+    crowd = generate(Driver(model, seed=1), case.prompts, most=13, seed=1)
+    for i, prompt in case.prompts.items():
+        ids, logprobs = generate(Driver(model, seed=2), {i: prompt}, most=10**6, seed=i)[i]
+        assert ids == crowd[i][0]
+        assert torch.equal(logprobs, crowd[i][1])
+
+
+def test_the_drawn_distributions_are_far_from_flat(case_of: Any) -> None:
+    """Else agreement would show little."""
+    for family, number in NUMBERED:
+        logprobs = case_of(family, number).expected[0][1]
+        entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+        assert entropy < 0.8 * torch.tensor(logprobs.shape[-1]).log(), (family, number)
+        assert logprobs.std() > 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_equal_transformers_on_the_same_cast_weights(
+    case_of: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Activations are float32 on a CPU, so the only rounding is that of the weights, the router's too."""
+    path = case_of("qwen2_moe", 0).path
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    prompt = torch.randint(256, (40,), generator=torch.Generator().manual_seed(5)).tolist()
+    ours = generate(Driver(load(path, "cpu", dtype), seed=5), {0: prompt}, most=11, seed=5)
+    assert_same(ours, {0: answer(reference, prompt, one_by_one=False)})
