@@ -25,7 +25,15 @@ class PagedAttention:
     scale: float  # of q k^T
     window: int = 0  # positions a token sees, itself included; 0 is all
 
-    def __call__(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+    def __call__(
+        self,
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+        batch: Batch,
+        cache: LayerCache,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
         """[T, H, E]. q is rotated in place; rotated K and V go to the batch's slots before anything is read."""
         k_cache, v_cache = cache
         self.kernels.rope_kv(
@@ -42,4 +50,5 @@ class PagedAttention:
             max_seq_len=batch.max_seq_len,
             scale=self.scale,
             window=self.window,
+            sinks=sinks_H,
         )

@@ -54,7 +54,7 @@ class Router:
             read(self.correction, self.correction_bias)
 
 
-class StoredExperts(Protocol):
+class StoredExperts(Protocol):  # SeparateExperts, StackedExperts, InterleavedExperts
     """How a checkpoint keeps the experts of a layer."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -114,6 +114,41 @@ class StackedExperts:
             read(name, whole)
             for e in range(self.num_experts):
                 packed.put(e, whole[e])
+
+
+@dataclass(frozen=True, slots=True)
+class InterleavedExperts:
+    """gpt-oss's, in a dense dtype: [X, D, 2I] with columns gate, up, gate, up, ...; [X, I, D]; and their biases."""
+
+    prefix: str
+    num_experts: int
+    size: int
+    inner: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        x, d, i = self.num_experts, self.size, self.inner
+        weights: dict[str, tuple[int, ...]] = {"gate_up_proj": (x, d, 2 * i), "down_proj": (x, i, d)}
+        biases: dict[str, tuple[int, ...]] = {"gate_up_proj_bias": (x, 2 * i), "down_proj_bias": (x, d)}
+        return {self.prefix + name: shape for name, shape in (weights | biases).items()}
+
+    def load(self, read: Read, place: Placement, into: RoutedExperts) -> None:
+        for name, shape in self.shapes().items():
+            whole = torch.empty(shape, dtype=place.dtype, device=place.device)
+            read(name, whole)
+            if name.endswith("gate_up_proj_bias"):
+                into.gate_up_bias = _gates_first(whole.T).T.contiguous().to(place.activations)
+            elif name.endswith("down_proj_bias"):
+                into.down_bias = whole.to(place.activations)
+            for e in range(self.num_experts if whole.ndim == 3 else 0):
+                if name.endswith("gate_up_proj"):
+                    into.gate_up.put(e, _gates_first(whole[e].T))
+                else:
+                    into.down.put(e, whole[e].T)
+
+
+def _gates_first(rows: Tensor) -> Tensor:
+    """Rows gate, up, gate, up, ... as all gates, then all ups."""
+    return torch.cat([rows[0::2], rows[1::2]])
 
 
 @dataclass(slots=True)

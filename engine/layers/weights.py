@@ -11,11 +11,19 @@ from dataclasses import dataclass, field, replace
 
 from engine.layers.attention import PagedAttention
 from engine.layers.embedding import Embedding
-from engine.layers.experts import RoutedExperts, Router, SeparateExperts, StackedExperts, StoredExperts
+from engine.layers.experts import (
+    InterleavedExperts,
+    RoutedExperts,
+    Router,
+    SeparateExperts,
+    StackedExperts,
+    StoredExperts,
+)
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.layers.placement import Layer
 from engine.layers.rope import RotaryTable
+from engine.layers.vector import Vector
 from engine.mixture_config import MixtureConfig
 from engine.rope_config import Rope
 from kernels import Kernels
@@ -65,32 +73,40 @@ class Weights:
         self.layers.append(layer)
         return layer
 
+    def vector(self, name: str, size: int) -> Vector:
+        layer = Vector(self.prefix + name, size)
+        self.layers.append(layer)
+        return layer
+
     def separate_experts(
         self,
         config: MixtureConfig,
-        router: str = "gate",
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
         correction: str = "",
     ) -> RoutedExperts:
         """Experts whose projections are tensors of their own; `names` are those of gate, up and down."""
-        sizes = (config.num_experts, config.hidden_size, config.expert_size)
-        return self._experts(config, router, SeparateExperts(f"{self.prefix}experts.", *sizes, names), correction)
+        stored = SeparateExperts(f"{self.prefix}experts.", *_sizes(config), names)
+        return self._experts(config, self._router("gate", config, correction=correction), stored)
 
     def stacked_experts(self, config: MixtureConfig, router: str, gate_up: str, down: str) -> RoutedExperts:
         """Experts in one tensor each for gate and up, and for down."""
-        sizes = (config.num_experts, config.hidden_size, config.expert_size)
-        return self._experts(config, router, StackedExperts(self.prefix + gate_up, self.prefix + down, *sizes))
+        stored = StackedExperts(self.prefix + gate_up, self.prefix + down, *_sizes(config))
+        return self._experts(config, self._router(router, config), stored)
 
-    def _experts(
-        self, config: MixtureConfig, router: str, stored: StoredExperts, correction: str = ""
-    ) -> RoutedExperts:
-        chooser = Router(
-            self.prefix + router,
-            config.num_experts,
-            config.hidden_size,
-            self.kernels,
-            correction=correction and self.prefix + correction,
-        )
-        layer = RoutedExperts(config, chooser, stored, self.kernels)
-        self.layers.extend((chooser, layer))
+    def interleaved_experts(self, config: MixtureConfig) -> RoutedExperts:
+        """gpt-oss's: in two tensors with biases, inputs first, gate and up alternating; the router has a bias too."""
+        stored = InterleavedExperts(f"{self.prefix}experts.", *_sizes(config))
+        return self._experts(config, self._router("router", config, bias=True), stored)
+
+    def _router(self, name: str, config: MixtureConfig, bias: bool = False, correction: str = "") -> Router:
+        named = correction and self.prefix + correction
+        return Router(self.prefix + name, config.num_experts, config.hidden_size, self.kernels, bias, named)
+
+    def _experts(self, config: MixtureConfig, router: Router, stored: StoredExperts) -> RoutedExperts:
+        layer = RoutedExperts(config, router, stored, self.kernels)
+        self.layers.extend((router, layer))
         return layer
+
+
+def _sizes(config: MixtureConfig) -> tuple[int, int, int]:
+    return config.num_experts, config.hidden_size, config.expert_size

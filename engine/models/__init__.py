@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # `architectures` of config.json -> module here with a class of that name
 FAMILIES = {
+    "GptOssForCausalLM": "gpt_oss",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",

@@ -48,6 +48,16 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 1.5},
         {"num_experts": 4, "norm_topk_prob": True, "attention_bias": True},
     ],
+    "gpt_oss": [
+        {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 20, "swiglu_limit": 1.0},
+        {
+            "num_local_experts": 3,
+            "sliding_window": 3,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "tie_word_embeddings": True,
+        },
+    ],
 }
 NUMBERED = [(family, i) for family in CASES for i in range(len(CASES[family]))]
 
