@@ -38,6 +38,7 @@ from engine.engine import Engine
 from engine.messages import EngineOptions, SamplingParams, Submit, encode
 from engine.null import STEP_TIMES
 from engine.runner import load_engine
+from engine.worker import spare_the_collector
 
 MODEL = Path(__file__).parent / "configs" / "llama-3.1-8b"
 BATCHES = (1, 8, 64, 256, 1024)
@@ -67,11 +68,10 @@ def calibrate() -> float:
 
 
 def null_engine(runner: str = "null", **options: Any) -> Engine:
-    """An 8B model's engine without the model; what is loaded is kept from the collector, as in the engine process."""
+    """An 8B model's engine without the model, and the collector as it is in the engine process."""
     given = EngineOptions(model_dir=str(MODEL), model_runner=runner, **options)
     engine = load_engine(given, lambda progress: None)[0]
-    gc.collect()
-    gc.freeze()
+    spare_the_collector()
     return engine
 
 

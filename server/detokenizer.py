@@ -41,7 +41,7 @@ class Detokenizer:
         self._window: list[int] = []
         self._shown = 0  # ids of the window whose text is out
         self._shown_text = ""
-        self._push = self._push_window if self._table is None else self._push_bytes if byte_level else self._push_pieces
+        self._byte_level = byte_level
         visible = (id for id in reversed(prompt_ids) if self._has_text(id))
         if before := [*islice(visible, CONTEXT)][::-1]:
             self._push(before)
@@ -53,6 +53,11 @@ class Detokenizer:
         """The text that is certain now. With `final` also what is held back; a broken character becomes U+FFFD."""
         text = self._push(ids)
         return text + self._flush() if final else text
+
+    def _push(self, ids: Sequence[int]) -> str:  # not a bound method kept in self: that cycle would wait for the gc
+        if self._table is None:
+            return self._push_window(ids)
+        return self._push_bytes(ids) if self._byte_level else self._push_pieces(ids)
 
     def _has_text(self, id: int) -> bool:
         return 0 <= id < self._tokenizer.vocab_size and id not in self._skip

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 DRAIN_TICK = 0.05  # seconds between two looks at what still runs: two numbers, cheaper than an event kept for it
 ENGINE_OPTIONS = set(EngineOptions.__struct_fields__) - {"model_dir"}  # settings of these names go to the engine
+# Containers made and not yet gone. Open streams hold a hundred each and leave no cycles (tests/server/test_sse.py), so
+# with Python's own choice, 700, the collector would walk them again and again for nothing.
+COLLECT_AFTER = 50_000
 LAST_WORDS = 5  # seconds that responses get to be written once their streams have ended
 
 log = logging.getLogger("penstock")
@@ -201,7 +204,8 @@ async def _load(state: ServerState, url: str, began: float) -> Supervisor | None
         client.set_vocabulary(grammars.vocabulary)
     state.templates, state.tokenizer, state.grammars = templates, tokenizer, grammars
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # what is loaded lives for ever and is never walked again
+    gc.set_threshold(COLLECT_AFTER)
     decisions = [*_own_decisions(state, located), *client.ready.decisions]
     show(settings, url, state.model_name, decisions, whole_ledger(before, client.ready, time.monotonic() - began))
     return supervisor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -110,3 +111,20 @@ def test_an_eight_billion_model_gets_the_cache_that_an_h100_would_hold() -> None
 def test_an_unknown_runner_is_refused_by_name(folder: Path) -> None:
     with pytest.raises(ConfigError, match="--model-runner nul is not known; use one of auto, null, null-h100-8b"):
         LLM(folder, model_runner="nul")
+
+
+def test_requests_leave_nothing_for_the_garbage_collector(folder: Path) -> None:
+    """The engine process all but turns it off (engine/worker.py): cycles would then stay for long."""
+    llm = LLM(folder, model_runner="null", max_batch_tokens=16, max_sequences=2)
+    tokens_of(llm)
+    gc.collect()
+    gc.disable()
+    try:
+        tokens_of(llm)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert [found for found in gc.garbage if type(found).__module__.startswith("engine.")] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

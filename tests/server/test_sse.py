@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import json
 import socket
@@ -197,6 +198,28 @@ async def test_a_streamed_token_costs_a_bounded_number_of_python_calls(engine):
     for stream in streams:
         stream.cancel()
     await asyncio.gather(*streams, return_exceptions=True)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_requests_leave_nothing_for_the_garbage_collector(engine, state, stream):
+    """`penstock serve` all but turns it off (server/serve.py): cycles would then stay for long."""
+
+    async def send(message):
+        pass
+
+    app, body = create_app(state), orjson.dumps(chat(stream=stream))
+    await asgi(app, body, send)
+    gc.collect()
+    gc.disable()
+    try:
+        await asgi(app, body, send)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert [found for found in gc.garbage if type(found).__module__.startswith(("server.", "engine."))] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 async def asgi(app, body: bytes, send) -> None:
