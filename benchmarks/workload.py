@@ -96,8 +96,8 @@ class Job:
 
 
 def prompt(rng: random.Random, tokens: int) -> str:
-    """Text of about so many tokens that no other draw repeats."""
-    return " ".join(rng.choice(WORDS) for _ in range(tokens))
+    """Text of about so many tokens that no other draw repeats. It begins with a space, as each of its words does."""
+    return "".join(f" {rng.choice(WORDS)}" for _ in range(tokens))
 
 
 def arrivals(rng: random.Random, rate: float, burstiness: float) -> Iterator[float]:
@@ -126,6 +126,6 @@ def make_jobs(
     jobs = []
     for _ in range(count):
         texts = [prompt(rng, max(1, input_len.draw(rng) - shared_prefix)) for _ in range(turns)]
-        texts[0] = f"{prefix} {texts[0]}" if shared_prefix else texts[0]
+        texts[0] = prefix + texts[0]
         jobs.append(Job(next(times), texts, [output_len.draw(rng) for _ in texts]))
     return jobs

@@ -1,7 +1,8 @@
 """A tokenizer for a folder that has none, under --load-format dummy, whose random weights say nothing anyhow.
 
-Knows how long the prompts of a load test must come out: each word of `benchmarks.workload` is one token, every other
-text is bytes. Each id up to the model's vocab_size has a text of its own, so an answer streams as a real one does.
+Knows how long the prompts of a load test must come out: each word of `benchmarks.workload`, with the space before it,
+is one token; every other text is bytes. Each id up to the model's vocab_size has a text of its own, so an answer
+streams as a real one does.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from benchmarks.workload import WORDS
 from server.paths import cache_dir
 from server.tokenizer import byte_alphabet
 
-SPECIAL = ("<|im_start|>", "<|im_end|>")  # ChatML's, so that chat requests can be timed too
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # with ChatML's, so that chat requests can be timed too
 SMALLEST, LARGEST = 1024, 1 << 20  # entries
-# With a space before the first word, which makes it one token as the others are.
-GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-VERSION = "1"  # raise it when what is written changes, so that old folders are not used
+GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+VERSION = "2"  # raise it when what is written changes, so that old folders are not used
 
 
 def completed_folder(folder: Path, vocab_size: int) -> Path:
@@ -40,9 +40,7 @@ def completed_folder(folder: Path, vocab_size: int) -> Path:
     with tempfile.TemporaryDirectory(dir=made.parent) as place:
         for file in files:
             shutil.copyfile(file, Path(place) / file.name)
-        (Path(place) / "tokenizer.json").write_bytes(orjson.dumps(spec(vocab_size)))
-        named = {"eos_token": SPECIAL[1], "clean_up_tokenization_spaces": False}
-        (Path(place) / "tokenizer_config.json").write_bytes(orjson.dumps(named))
+        write_tokenizer(Path(place), vocab_size)
         target = tempfile.mkdtemp(dir=made.parent)
         for file in Path(place).iterdir():
             os.replace(file, Path(target) / file.name)
@@ -51,6 +49,17 @@ def completed_folder(folder: Path, vocab_size: int) -> Path:
         except OSError:  # another server made it meanwhile
             shutil.rmtree(target)
     return made
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """tokenizer.json and tokenizer_config.json, for transformers too. ValueError as `spec`."""
+    (folder / "tokenizer.json").write_bytes(orjson.dumps(spec(vocab_size)))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": SPECIAL[-1],
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_bytes(orjson.dumps(config))
 
 
 def spec(vocab_size: int) -> dict[str, Any]:
