@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from engine.dummy import dummy_tensors
+from engine.mixture_config import MixtureConfig
 from engine.model_config import ModelConfig
 
 READ_BYTES = 256 << 20  # far beyond every cache of a CPU; on a GPU four times that
@@ -146,24 +147,33 @@ class Sizes:
     kv_numbers: int  # keys and values of one token in one layer
     query_size: int  # query heads times head size
     windows: tuple[int, ...]  # per layer; 0 is all
+    expert_weights: int = 0  # of all experts in all layers
+    expert_share: float = 0.0  # of them, that one token is multiplied with
 
     @staticmethod
     def of(config: ModelConfig) -> Sizes:
         """From the tensors that the model asks for."""
         shapes = {name: info.shape for name, info in dummy_tensors(config).items()}
         head = config.vocab_size * config.hidden_size
-        matrices = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) > 1)
+        matrices = sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
+        experts = sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name)
+        is_mixture = isinstance(config, MixtureConfig)
         beside = head if config.tie_word_embeddings else 2 * head  # the embedding, of which single rows are read
         return Sizes(
-            layer_weights=matrices - beside,
+            layer_weights=matrices - beside - experts,
             head_weights=head,
             kv_numbers=2 * config.num_kv_heads * config.head_dim,
             query_size=config.num_heads * config.head_dim,
             windows=config.windows,
+            expert_weights=experts,
+            expert_share=config.routing.top_k / config.num_experts if is_mixture else 0.0,
         )
 
     def step(self, sequences: Iterable[tuple[int, int]], rows: int, item: int) -> Work:
-        """Work of a step: (tokens, tokens already in the cache) of each sequence, rows drawn from, bytes a number."""
+        """Work of a step: (tokens, tokens already in the cache) of each sequence, rows drawn from, bytes a number.
+
+        Of a mixture's experts those are read that tokens choosing alike and alone would choose.
+        """
         tokens, seen, scores = 0, 0, 0.0
         kinds = {window: self.windows.count(window) for window in self.windows}
         for new, cached in sequences:
@@ -173,8 +183,10 @@ class Sizes:
                 reach = min(length, window + new - 1) if window else length
                 seen += layers * reach
                 scores += layers * _pairs(new, cached, window)
-        weights = self.layer_weights + (self.head_weights if rows else 0)
-        products = self.layer_weights * tokens + self.head_weights * rows + 2 * self.query_size * scores
+        experts = self.expert_weights * (1 - (1 - self.expert_share) ** tokens)
+        weights = self.layer_weights + experts + (self.head_weights if rows else 0)
+        per_token = self.layer_weights + self.expert_weights * self.expert_share
+        products = per_token * tokens + self.head_weights * rows + 2 * self.query_size * scores
         return Work(float(item * (weights + self.kv_numbers * seen)), 2.0 * products)
 
 

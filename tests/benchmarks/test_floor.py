@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 
+from benchmarks.engine import CONFIGS
 from benchmarks.floor import DTYPE_BYTES, Rates, Sizes, Work, load_floor, measure
 from engine.model_config import read_model_config
 from tests.engine.tiny import random_config, weight_shapes
@@ -39,6 +41,17 @@ def test_a_steps_work_is_what_walking_over_every_query_and_key_finds() -> None:
         work = sizes.step(sequences, rows, item=2)
         assert work.read == 2 * (500 + 70 * (rows > 0) + 4 * seen)
         assert work.multiply == 2 * (500 * tokens + 70 * rows + 2 * 6 * pairs)
+
+
+def test_each_token_is_multiplied_with_its_own_experts_and_a_crowd_reads_all() -> None:
+    config = read_model_config(json.loads((CONFIGS / "mixtral-8x7b" / "config.json").read_text()))
+    sizes = Sizes.of(config)
+    total = sizes.layer_weights + sizes.expert_weights + 2 * sizes.head_weights
+    assert total == pytest.approx(46.70e9, rel=1e-3)  # as its authors count them
+    alone, crowd = sizes.step([(1, 0)], 1, 2), sizes.step([(1, 0)] * 200, 200, 2)
+    assert alone.multiply / 2 == pytest.approx(12.88e9 - sizes.head_weights, rel=2e-2)  # active, without the embedding
+    assert alone.read == pytest.approx(alone.multiply, rel=1e-3)
+    assert crowd.read == pytest.approx(2 * (total - sizes.head_weights), rel=1e-3)
 
 
 def test_the_slower_of_reading_and_multiplying_is_the_floor() -> None:

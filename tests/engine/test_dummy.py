@@ -21,7 +21,14 @@ from tests.engine.tiny import ARCHITECTURES, random_config, weight_shapes
 
 CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 # Numbers in each model's weights, in millions, as its authors count them.
-MILLIONS = {"llama-3.1-8b": 8030, "llama-3.2-1b": 1236, "qwen2.5-0.5b": 494, "qwen3-8b": 8191, "tiny": 2.17}
+MILLIONS = {
+    "llama-3.1-8b": 8030,
+    "llama-3.2-1b": 1236,
+    "qwen2.5-0.5b": 494,
+    "qwen3-8b": 8191,
+    "mixtral-8x7b": 46703,
+    "tiny": 2.17,
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
