@@ -98,7 +98,7 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
     y = torch.empty(t, n)
     _compiled().linear(
         packed.dtype, x.data_ptr(), 4 * x.stride(0), packed.data.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), t, n, k,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), 4 * n, t, n, k,
     )  # fmt: skip
     return y
 

@@ -25,8 +25,8 @@ COPIED_ROWS = 16  # from more rows on, x is copied tile by tile so that a tile r
 TASK_BYTES, TASK_PANELS = 1 << 18, 16  # a task's weights at least, if that gives each thread a few; at most
 
 # words of a call's description
-X, X_ROW, W, BIAS, Y, ROWS, COLUMNS, FEATURES, TILES, ROW_TASKS, PER_TASK, PACKED = range(12)
-FORM = "12q"
+X, X_ROW, W, BIAS, Y, Y_ROW, ROWS, COLUMNS, FEATURES, TILES, ROW_TASKS, PER_TASK, PACKED = range(13)
+FORM = "13q"
 
 _ragged_buffer = stack(MAX_ROWS * WIDTH // 2)
 
@@ -38,7 +38,7 @@ def _k_block(features: int) -> int:
 
 
 @njit(forceinline=True)
-def _rows_of(call: int, tile: int) -> tuple[int, int]:
+def rows_of(call: int, tile: int) -> tuple[int, int]:
     """The first row of a tile and their number: the rows are dealt out evenly, the larger tiles first."""
     rows, tiles = word(call, ROWS), word(call, TILES)
     each = rows // tiles
@@ -68,7 +68,7 @@ def _share(kind: Any, element: int) -> Any:
             for k in range(0, features, block):
                 for p in range(panel, last):
                     for t in range(first_tile, last_tile):
-                        row, rows = _rows_of(call, t)
+                        row, rows = rows_of(call, t)
                         _tile(kind, element, call, row, rows, p, 1, k, min(block, features - k))
 
     return share
@@ -79,7 +79,7 @@ def _tile(
     kind: Any, element: int, call: int, row: int, rows: int, panel: int, panels: int, k: int, length: int
 ) -> None:
     """A tile of some panels over `length` features from k on; through a buffer where columns do not fill a panel."""
-    features, y_row, step = word(call, FEATURES), 4 * word(call, COLUMNS), WIDTH * element
+    features, y_row, step = word(call, FEATURES), word(call, Y_ROW), WIDTH * element
     x, x_row, x_step = word(call, X) + row * word(call, X_ROW) + 4 * k, word(call, X_ROW), 4
     if word(call, PACKED) != 0:
         x, x_row, x_step = word(call, PACKED) + 4 * (row * features + k * rows), 4, 4 * rows
@@ -102,7 +102,7 @@ def _tile(
 def _pack_rows(call: int, index: int, thread: int) -> None:
     """Copies the rows of tile `index` to [K][rows]."""
     features = word(call, FEATURES)
-    row, rows = _rows_of(call, index)
+    row, rows = rows_of(call, index)
     to = word(call, PACKED) + 4 * row * features
     for m in range(rows):
         x = word(call, X) + (row + m) * word(call, X_ROW)
@@ -134,11 +134,12 @@ def _pack_weights(element: int, pairs: bool) -> Any:
 def tasks(dtype: torch.dtype) -> tuple[int, int, int]:
     """For weights of `dtype`: the task of the product, of copying x to tiles, of packing weights."""
     kind, element = KINDS[DTYPES[dtype]], BYTES[DTYPES[dtype]]
-    return compile_task(_share(kind, element)), _pack_rows_task(), compile_task(_pack_weights(element, kind is BF16))
+    return compile_task(_share(kind, element)), pack_rows_task(), compile_task(_pack_weights(element, kind is BF16))
 
 
 @lru_cache
-def _pack_rows_task() -> int:
+def pack_rows_task() -> int:
+    """Copies rows of x to tiles; the description is this file's or begins like it."""
     return compile_task(_pack_rows)
 
 
@@ -155,32 +156,33 @@ def lane(column: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pack(dtype: torch.dtype, weights: int, packed: int, columns: int, features: int) -> None:
     """Copies row-major weights [columns, features] into panels [panels, features, WIDTH], zeroed before."""
-    call = describe(FORM, weights, 0, 0, 0, 0, 0, columns, features, 0, 0, 0, packed)
+    call = describe(FORM, weights, 0, 0, 0, 0, 0, 0, columns, features, 0, 0, 0, packed)
     run(tasks(dtype)[2], call, panels(columns))
 
 
 @lru_cache(4096)
-def _split(rows: int, columns: int, features: int, element: int, threads: int) -> tuple[int, int, int, int]:
+def split(rows: int, columns: int, features: int, element: float, threads: int) -> tuple[int, int, int, int]:
     """A product in tasks: tiles of rows, shares of the tiles, panels in a task, tasks in all."""
     tiles = -(-rows // MAX_ROWS)
     row_tasks = max(1, -(-tiles // ROW_TILES))
     fair = panels(columns) * row_tasks // (4 * threads)  # panels a task, if each thread had four tasks
-    most = TASK_PANELS if tiles > 1 else TASK_BYTES // max(1, features * WIDTH * element)
+    most = TASK_PANELS if tiles > 1 else int(TASK_BYTES / max(1, features * WIDTH * element))
     per_task = max(4, min(most, fair) // 4 * 4)
     return tiles, row_tasks, per_task, row_tasks * -(-panels(columns) // per_task) if rows else 0
 
 
 def linear(
-    dtype: torch.dtype, x: int, x_row: int, w: int, bias: int, y: int, rows: int, columns: int, features: int
-) -> None:
+    dtype: torch.dtype, x: int, x_row: int, w: int, bias: int, y: int, y_row: int, rows: int, columns: int,
+    features: int,
+) -> None:  # fmt: skip
     """y [rows, columns] = x [rows, features] w^T + bias, for packed w of `dtype`; the others are float32.
 
-    Addresses; x_row in bytes; bias may be 0.
+    Addresses; x_row and y_row in bytes; bias may be 0.
     """
     copied = scratch(4 * rows * features) if rows > COPIED_ROWS else 0
     product, copy, _ = tasks(dtype)
-    tiles, row_tasks, per_task, count = _split(rows, columns, features, dtype.itemsize, pool().threads)
-    call = describe(FORM, x, x_row, w, bias, y, rows, columns, features, tiles, row_tasks, per_task, copied)
+    tiles, row_tasks, per_task, count = split(rows, columns, features, dtype.itemsize, pool().threads)
+    call = describe(FORM, x, x_row, w, bias, y, y_row, rows, columns, features, tiles, row_tasks, per_task, copied)
     if copied:
         run(copy, call, tiles)
     run(product, call, count)

@@ -1,0 +1,181 @@
+"""Quantised weights: codes of 4 or 8 bits with a scale, and perhaps an offset, for every few weights of a row.
+
+    w[n, k] = scales[n, k // G] * value(codes[n, k]) + offsets[n, k // G]
+
+Every integer and small-float format that checkpoints come in is a case of this, so one definition, one compiled form
+for CPUs and one Triton kernel serve all of them; engine/quantization/ reads the formats. Knows no model and no file.
+N outputs, K inputs, G weights that share a scale, W columns of a panel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# What a code stands for. Integers: unsigned, or minus half their range. Floats: OCP Microscaling Formats (MX) 1.0 for
+# e2m1 and e4m3; nf4 and fp4 are bitsandbytes' tables (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+BITS = {"unsigned": (4, 8), "signed": (4, 8), "e2m1": (4,), "nf4": (4,), "fp4": (4,), "e4m3": (8,)}
+SCALES = (torch.float32, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A weight [N, K] as a format's reader hands it over. ValueError if the parts do not fit together."""
+
+    codes: Tensor  # uint8 [N, K], below 2^bits
+    scales: Tensor  # float32 or float16 [N, ceil(K / group)]
+    offsets: Tensor | None  # the same shape and dtype
+    group: int
+    bits: int
+    values: str  # a key of BITS
+
+    def __post_init__(self) -> None:
+        n, k = self.codes.shape
+        expected = (n, -(-k // self.group))
+        if self.bits not in BITS.get(self.values, ()):
+            raise ValueError(f"There are no {self.bits}-bit {self.values} weights.")
+        for part in (self.scales, self.offsets):
+            if part is not None and (tuple(part.shape) != expected or part.dtype not in SCALES):
+                raise ValueError(f"Scales and offsets must be {list(expected)}, not {part.dtype} {list(part.shape)}.")
+        if self.offsets is not None and self.offsets.dtype is not self.scales.dtype:
+            raise ValueError("Scales and offsets must have one dtype.")
+
+
+def value_table(values: str, bits: int) -> Tensor:
+    """What each code stands for: float32 [2^bits]."""
+    if values in ("unsigned", "signed"):
+        return torch.arange(2**bits, dtype=torch.float32) - (2 ** (bits - 1) if values == "signed" else 0)
+    if values == "nf4":
+        return torch.tensor(NF4)
+    if values == "e4m3":
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    positive = torch.tensor(FP4 if values == "fp4" else E2M1)
+    return torch.cat([positive, -positive])
+
+
+def dequantize(weight: Quantized) -> Tensor:
+    """float32 [N, K]; exact but for one rounding of the sum."""
+    n, k = weight.codes.shape
+    values = value_table(weight.values, weight.bits).to(weight.codes.device)[weight.codes.long()]
+
+    def spread(part: Tensor) -> Tensor:
+        return part.float().repeat_interleave(weight.group, dim=1)[:, :k]
+
+    scaled = values.double() * spread(weight.scales)  # a product of two float32 is exact in float64
+    return (scaled if weight.offsets is None else scaled + spread(weight.offsets)).float()
+
+
+@dataclass(frozen=True, slots=True)
+class PackedQuantized:
+    """A quantised weight in a form: "numba" panels uint8 [ceil(N / W), K, W * bits / 8] with scales [., K / G, W]."""
+
+    form: str
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    out_features: int
+    in_features: int
+    group: int
+    bits: int
+    values: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.codes, self.scales, self.offsets) if part is not None)
+
+
+@cache
+def _compiled() -> ModuleType:
+    """kernels/cpu/quantized.py, imported when it is first used."""
+    from kernels.cpu import quantized as compiled
+
+    return compiled
+
+
+def pack_quantized(weight: Quantized, form: str) -> PackedQuantized:
+    """Copies a weight into a form: "torch" keeps rows, two 4-bit codes to a byte with the earlier one low."""
+    n, k = weight.codes.shape
+    scales, offsets = weight.scales.contiguous(), weight.offsets
+    offsets = None if offsets is None else offsets.contiguous()
+    if form == "numba":
+        panels = -(-n // _compiled().WIDTH)
+        codes = torch.empty(panels, k, _compiled().WIDTH * weight.bits // 8, dtype=torch.uint8)
+        _compiled().pack(weight.codes.contiguous().data_ptr(), codes.data_ptr(), n, k, weight.bits)
+        scales, offsets = _panels(scales), None if offsets is None else _panels(offsets)
+    else:
+        codes = weight.codes
+        if weight.bits == 4:
+            even, odd = torch.nn.functional.pad(codes, (0, k % 2)).unflatten(1, (-1, 2)).unbind(-1)
+            codes = even | odd << 4
+    return PackedQuantized(form, codes, scales, offsets, n, k, weight.group, weight.bits, weight.values)
+
+
+def _panels(part: Tensor) -> Tensor:
+    """[N, groups] -> [ceil(N / W), groups, W], zeros after N."""
+    width = _compiled().WIDTH
+    padded = torch.nn.functional.pad(part, (0, 0, 0, -part.shape[0] % width))
+    return padded.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
+
+
+def unpack_quantized(packed: PackedQuantized) -> Quantized:
+    """The weight again, bit for bit."""
+    return _select(packed, torch.arange(packed.out_features, device=packed.codes.device))
+
+
+def quantized_rows(packed: PackedQuantized, ids: Tensor) -> Tensor:
+    """Rows of the weight: float32 [T, K] for ids int64 [T]."""
+    return dequantize(_select(packed, ids))
+
+
+def _select(packed: PackedQuantized, ids: Tensor) -> Quantized:
+    scales, offsets = packed.scales, packed.offsets
+    if packed.form == "numba":
+        width = packed.scales.shape[2]
+        panel, column = ids // width, ids % width
+        lane = column % (width // 2) if packed.bits == 4 else column
+        codes = packed.codes[panel, :, lane]
+        if packed.bits == 4:
+            codes = torch.where((column >= width // 2)[:, None], codes >> 4, codes & 15)
+        scales, offsets = scales[panel, :, column], None if offsets is None else offsets[panel, :, column]
+    else:
+        codes, scales, offsets = packed.codes[ids], scales[ids], None if offsets is None else offsets[ids]
+        if packed.bits == 4:
+            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, : packed.in_features]
+    return Quantized(codes, scales, offsets, packed.group, packed.bits, packed.values)
+
+
+def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] w^T + bias [N] -> [T, N] in x's dtype.
+
+    The torch form is the definition: dequantise, multiply. The numba form computes in float32 from exactly those
+    weights and gives a row the same bits whatever rows are beside it.
+    """
+    if packed.form == "torch":
+        weight = dequantize(unpack_quantized(packed)).to(x.dtype)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    t, k = x.shape
+    n = packed.out_features
+    if x.dtype is not torch.float32 or k != packed.in_features:
+        raise ValueError(f"x must be float32 [T, {packed.in_features}], not {x.dtype} {list(x.shape)}.")
+    if bias is not None and (bias.dtype is not torch.float32 or bias.stride(0) != 1):
+        bias = bias.float().contiguous()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = torch.empty(t, n)
+    _compiled().linear(
+        packed.values, packed.bits, packed.scales.dtype, x.data_ptr(), 4 * x.stride(0), packed.codes.data_ptr(),
+        packed.scales.data_ptr(), 0 if packed.offsets is None else packed.offsets.data_ptr(), packed.group,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), 4 * n, t, n, k,
+    )  # fmt: skip
+    return y
