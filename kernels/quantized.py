@@ -78,7 +78,9 @@ def dequantize(weight: Quantized) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PackedQuantized:
-    """A quantised weight in a form: "numba" panels uint8 [ceil(N / W), K, W * bits / 8] with scales [., K / G, W]."""
+    """A quantised weight in a form. "torch": rows, two 4-bit codes to a byte with the earlier one low. "numba": panels,
+    [ceil(N / W), K, W * bits / 8] of small floats, [ceil(N / W), K / 2, W * bits / 4] of integers (K rounded up to
+    segments); with scales [ceil(N / W), K / G, W]."""
 
     form: str
     codes: Tensor
@@ -95,37 +97,56 @@ class PackedQuantized:
         return sum(part.nbytes for part in (self.codes, self.scales, self.offsets) if part is not None)
 
 
-@cache
-def _compiled() -> ModuleType:
-    """kernels/cpu/quantized.py, imported when it is first used."""
-    from kernels.cpu import quantized as compiled
+def is_integer(weight: Quantized | PackedQuantized) -> bool:
+    return weight.values in ("unsigned", "signed")
 
+
+@cache
+def _compiled(integers: bool) -> ModuleType:
+    """The compiled form's module, imported when it is first used."""
+    if integers:
+        from kernels.cpu import integers as compiled
+    else:
+        from kernels.cpu import quantized as compiled
     return compiled
 
 
 def pack_quantized(weight: Quantized, form: str) -> PackedQuantized:
-    """Copies a weight into a form: "torch" keeps rows, two 4-bit codes to a byte with the earlier one low."""
+    """Copies a weight into a form. ValueError for one that cannot hold it."""
     n, k = weight.codes.shape
-    scales, offsets = weight.scales.contiguous(), weight.offsets
+    codes, scales, offsets = weight.codes.contiguous(), weight.scales.contiguous(), weight.offsets
     offsets = None if offsets is None else offsets.contiguous()
     if form == "numba":
-        panels = -(-n // _compiled().WIDTH)
-        codes = torch.empty(panels, k, _compiled().WIDTH * weight.bits // 8, dtype=torch.uint8)
-        _compiled().pack(weight.codes.contiguous().data_ptr(), codes.data_ptr(), n, k, weight.bits)
+        codes = _pack_panels(weight, codes)
         scales, offsets = _panels(scales), None if offsets is None else _panels(offsets)
-    else:
-        codes = weight.codes
-        if weight.bits == 4:
-            even, odd = torch.nn.functional.pad(codes, (0, k % 2)).unflatten(1, (-1, 2)).unbind(-1)
-            codes = even | odd << 4
+    elif weight.bits == 4:
+        even, odd = torch.nn.functional.pad(codes, (0, k % 2)).unflatten(1, (-1, 2)).unbind(-1)
+        codes = even | odd << 4
     return PackedQuantized(form, codes, scales, offsets, n, k, weight.group, weight.bits, weight.values)
+
+
+def _pack_panels(weight: Quantized, codes: Tensor) -> Tensor:
+    (n, k), bits = codes.shape, weight.bits
+    compiled = _compiled(is_integer(weight))
+    panels = -(-n // compiled.WIDTH)
+    if not is_integer(weight):
+        packed = torch.empty(panels, k, compiled.WIDTH * bits // 8, dtype=torch.uint8)
+        compiled.pack(codes.data_ptr(), packed.data_ptr(), n, k, bits)
+        return packed
+    segment = compiled.segment_of(weight.group, k)
+    if not segment:
+        raise ValueError(f"The numba form has no groups of {weight.group} integers, only multiples of 16.")
+    packed = torch.empty(panels, -(-k // segment) * segment // 2, compiled.WIDTH * bits // 4, dtype=torch.uint8)
+    compiled.pack(codes.data_ptr(), packed.data_ptr(), n, k, bits, segment)
+    return packed
 
 
 def _panels(part: Tensor) -> Tensor:
     """[N, groups] -> [ceil(N / W), groups, W], zeros after N."""
-    width = _compiled().WIDTH
-    padded = torch.nn.functional.pad(part, (0, 0, 0, -part.shape[0] % width))
-    return padded.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
+    from kernels.cpu.simd import WIDTH
+
+    padded = torch.nn.functional.pad(part, (0, 0, 0, -part.shape[0] % WIDTH))
+    return padded.unflatten(0, (-1, WIDTH)).transpose(1, 2).contiguous()
 
 
 def unpack_quantized(packed: PackedQuantized) -> Quantized:
@@ -143,10 +164,7 @@ def _select(packed: PackedQuantized, ids: Tensor) -> Quantized:
     if packed.form == "numba":
         width = packed.scales.shape[2]
         panel, column = ids // width, ids % width
-        lane = column % (width // 2) if packed.bits == 4 else column
-        codes = packed.codes[panel, :, lane]
-        if packed.bits == 4:
-            codes = torch.where((column >= width // 2)[:, None], codes >> 4, codes & 15)
+        codes = _columns(packed, panel, column)
         scales, offsets = scales[panel, :, column], None if offsets is None else offsets[panel, :, column]
     else:
         codes, scales, offsets = packed.codes[ids], scales[ids], None if offsets is None else offsets[ids]
@@ -155,11 +173,31 @@ def _select(packed: PackedQuantized, ids: Tensor) -> Quantized:
     return Quantized(codes, scales, offsets, packed.group, packed.bits, packed.values)
 
 
+def _columns(packed: PackedQuantized, panel: Tensor, column: Tensor) -> Tensor:
+    """uint8 [T, K]: the codes of T columns of panels."""
+    width = packed.scales.shape[2]
+    if is_integer(packed):
+        # [panels, two pairs or one, blocks of 16 columns, 8 columns, 2 features, 2 bytes]
+        words = packed.codes.unflatten(1, (-1, 8 // packed.bits)).flatten(2).unflatten(2, (-1, 8, 2, 2))
+        words = words[panel, :, column // 16, column % 8]
+        high = column % 16 >= 8
+        if packed.bits == 8:
+            codes = torch.where(high[:, None, None], words[..., 1], words[..., 0])
+        else:
+            codes = words.transpose(2, 3)
+        codes = codes.flatten(1)[:, : packed.in_features]
+    else:
+        high = column >= width // 2
+        codes = packed.codes[panel, :, column % (width // 2) if packed.bits == 4 else column]
+    return torch.where(high[:, None], codes >> 4, codes & 15) if packed.bits == 4 else codes
+
+
 def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = None) -> Tensor:
     """x [T, K] w^T + bias [N] -> [T, N] in x's dtype.
 
-    The torch form is the definition: dequantise, multiply. The numba form computes in float32 from exactly those
-    weights and gives a row the same bits whatever rows are beside it.
+    The torch form is the definition: dequantise, multiply. The numba form computes from exactly those weights, small
+    floats in float32, integers with x as 16-bit integers (kernels/cpu/integers.py), and gives a row the same bits
+    whatever rows are beside it.
     """
     if packed.form == "torch":
         weight = dequantize(unpack_quantized(packed)).to(x.dtype)
@@ -173,9 +211,12 @@ def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = N
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty(t, n)
-    _compiled().linear(
-        packed.values, packed.bits, packed.scales.dtype, x.data_ptr(), 4 * x.stride(0), packed.codes.data_ptr(),
-        packed.scales.data_ptr(), 0 if packed.offsets is None else packed.offsets.data_ptr(), packed.group,
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), 4 * n, t, n, k,
-    )  # fmt: skip
+    scales, offsets = packed.scales.data_ptr(), 0 if packed.offsets is None else packed.offsets.data_ptr()
+    shape = (0 if bias is None else bias.data_ptr(), y.data_ptr(), 4 * n, t, n, k)
+    weights = (packed.scales.dtype, x.data_ptr(), 4 * x.stride(0), packed.codes.data_ptr(), scales, offsets, packed.group)
+    if is_integer(packed):
+        zero = 1 << (packed.bits - 1) if packed.values == "signed" else 0
+        _compiled(True).linear(packed.bits, *weights, zero, *shape)
+    else:
+        _compiled(False).linear(packed.values, packed.bits, *weights, *shape)
     return y

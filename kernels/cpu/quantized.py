@@ -1,4 +1,4 @@
-"""y = x w^T + b from quantised weights packed in panels, compiled. kernels/quantized.py says what they are.
+"""y = x w^T + b from small floats with scales, packed in panels, compiled. Integer codes have integers.py.
 
 A weight becomes float32 by one fused multiply-add, w = scale * value + offset, and from there on every sum is as in
 linear.py: so one row, read straight from the codes, and many rows, for which a block of a panel is first written as
@@ -17,6 +17,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kernels.cpu.integers import get_u8, put_u8
 from kernels.cpu.linear import (
     BIAS,
     COLUMNS,
@@ -45,7 +46,6 @@ from kernels.cpu.simd import (
     I64,
     INT_VECTOR,
     KINDS,
-    NOTHING,
     VECTOR,
     WIDTH,
     add,
@@ -73,12 +73,9 @@ FORM = "17q"
 
 # How codes are stored travels as a value whose Numba type says it, as in simd.py.
 CODES = {
-    ("unsigned", 4): np.uint8(0), ("signed", 4): np.int8(0), ("unsigned", 8): np.uint32(0), ("signed", 8): np.int32(0),
-    ("e2m1", 4): np.uint64(0), ("e4m3", 8): np.int64(0), ("nf4", 4): np.float64(0), ("fp4", 4): np.complex64(0),
+    ("e2m1", 4): np.uint8(0), ("nf4", 4): np.uint16(0), ("fp4", 4): np.uint32(0), ("e4m3", 8): np.uint64(0)
 }  # fmt: skip
-KIND_OF = {types.uint8: "unsigned", types.int8: "signed", types.uint32: "unsigned", types.int32: "signed",
-           types.uint64: "e2m1", types.int64: "e4m3", types.float64: "nf4", types.complex64: "fp4"}  # fmt: skip
-BITS_OF = {np.uint8: 4, np.int8: 4, np.uint64: 4, np.float64: 4, np.complex64: 4}  # 8 for the others
+KIND_OF = {types.uint8: "e2m1", types.uint16: "nf4", types.uint32: "fp4", types.uint64: "e4m3"}
 
 _ragged_buffer = stack(MAX_ROWS * WIDTH // 2)
 
@@ -124,17 +121,13 @@ def _emit_table(builder: Any, code: Any, table: tuple[float, ...]) -> Any:
 
 def _emit_values(builder: Any, kind: Any, address: Any) -> Any:
     values = KIND_OF[kind]
-    bits = 8 if kind in (types.uint32, types.int32, types.int64) else 4
+    bits = 8 if kind == types.uint64 else 4
     code = _emit_codes(builder, bits, address)
     if values == "e2m1":
         return _emit_small_float(builder, code, 8, 1, 1)
     if values == "e4m3":
         return _emit_small_float(builder, code, 128, 3, 7)
-    if values in ("nf4", "fp4"):
-        return _emit_table(builder, code, NF4 if values == "nf4" else (*FP4, *(-v for v in FP4)))
-    if values == "signed":
-        code = builder.sub(code, int_constant(1 << (bits - 1)))
-    return builder.sitofp(code, VECTOR)
+    return _emit_table(builder, code, NF4 if values == "nf4" else (*FP4, *(-v for v in FP4)))
 
 
 @intrinsic
@@ -146,7 +139,7 @@ def load_values(typing: Any, kind: Any, address: Any) -> Any:
 @intrinsic
 def code_bytes(typing: Any, kind: Any) -> Any:
     """Bytes of WIDTH codes, a constant."""
-    bits = 8 if kind in (types.uint32, types.int32, types.int64) else 4
+    bits = 8 if kind == types.uint64 else 4
     return types.int64(kind), lambda context, builder, sig, args: ir.Constant(I64, WIDTH * bits // 8)
 
 
@@ -297,24 +290,6 @@ def _pack_codes(bits: int) -> Any:
                     put_u8(to + k * bytes_of_panel + b, code)
 
     return pack_codes
-
-
-@intrinsic
-def get_u8(typing: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.zext(builder.load(pointer(builder, args[0], ir.IntType(8)), align=1), I64)
-
-    return types.int64(types.int64), generate
-
-
-@intrinsic
-def put_u8(typing: Any, address: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        byte = ir.IntType(8)
-        builder.store(builder.trunc(args[1], byte), pointer(builder, args[0], byte), align=1)
-        return NOTHING
-
-    return types.void(types.int64, types.int64), generate
 
 
 @lru_cache
