@@ -9,7 +9,8 @@ them itself if nobody comes. Knows no operation. Linux and macOS (pthreads).
 
 One 64-bit word, the ticket, holds the call's number (upper half) and the next index (lower half). A thread claims an
 index by compare-and-swap on the whole word, so a late one cannot take an index of a call that is over, and what it
-read of that call beforehand is right exactly if the swap succeeds.
+read of that call beforehand is right exactly if the swap succeeds. For that, the ticket is closed (its index set beyond
+every count) before the next call's task and count are written: else a thread could match the old ticket with them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from kernels.cpu.simd import I32, I64, NOTHING, get_i64, op1, op2, op3, pointer, put_i64
+from kernels.cpu.simd import I32, I64, NOTHING, get_i64, op1, op2, op3, pointer
 
 SPIN = 1500  # rounds of 25 to 60 ns: about the time that Python takes from one operation of a layer to the next
 # Byte offsets in the shared state; what different threads write is on different cache lines.
@@ -112,8 +113,8 @@ def _claim(state: int, number: int, thread: int) -> None:
     while True:
         ticket = atomic_read(state + TICKET)
         index = ticket & LOW
-        task, call = get_i64(state + TASK), get_i64(state + CALL)
-        if ticket >> 32 != number or index >= get_i64(state + COUNT):
+        task, call = atomic_read(state + TASK), atomic_read(state + CALL)
+        if ticket >> 32 != number or index >= atomic_read(state + COUNT):
             return
         if atomic_swap(state + TICKET, ticket, ticket + 1):
             _invoke(task, call, index, thread)
@@ -130,11 +131,13 @@ def parallel(state: int, task: int, call: int, count: int) -> None:
         for index in range(count):
             _invoke(task, call, index, 0)
         return
-    put_i64(state + TASK, task)
-    put_i64(state + CALL, call)
-    put_i64(state + COUNT, count)
+    last = atomic_read(state + TICKET)
+    atomic_write(state + TICKET, last | LOW)
+    atomic_write(state + TASK, task)
+    atomic_write(state + CALL, call)
+    atomic_write(state + COUNT, count)
     atomic_write(state + DONE, 0)
-    number = ((atomic_read(state + TICKET) >> 32) + 1) & 0x7FFFFFFF
+    number = ((last >> 32) + 1) & 0x7FFFFFFF
     atomic_write(state + TICKET, number << 32)
     if atomic_read(state + SLEEPING) > 0:
         mutex_lock(state + MUTEX)

@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from kernels import cpu
 from kernels.cpu import threads
@@ -30,6 +32,25 @@ def test_many_short_calls_each_do_all_their_work(count: int) -> None:
     torch.testing.assert_close(first, x @ w.T, rtol=1e-4, atol=1e-4)
     for _ in range(2000):
         assert torch.equal(linear(x, packed), first)
+
+
+def _count_index(call: int, index: int, thread: int) -> None:
+    threads.atomic_add(call + 8 * index, 1)
+
+
+@njit("void(int64, int64, int64, int64)", nogil=True)  # type: ignore[untyped-decorator]
+def _call_without_a_pause(state: int, task: int, call: int, rounds: int) -> None:
+    for i in range(rounds):
+        threads.parallel(state, task, call, 2 + i % 7)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_calls_of_different_sizes_without_a_pause_do_each_index_once(count: int) -> None:
+    threads.set_threads(count)
+    rounds, done = 700_000, np.zeros(8, np.int64)
+    task = threads.compile_task(_count_index)
+    _call_without_a_pause(threads.pool().state, task, done.ctypes.data, rounds)
+    assert done.tolist() == [rounds] * 2 + [rounds // 7 * n for n in (6, 5, 4, 3, 2, 1)]
 
 
 def test_calls_after_the_threads_fell_asleep_wake_them() -> None:
