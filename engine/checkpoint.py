@@ -7,6 +7,7 @@ With load format "dummy" config.json is all that is read, and the weights are dr
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import CheckpointError
 from engine.model_config import ModelConfig, read_model_config
 from engine.models import model_class
+from engine.quantization import Scheme, Stored, find_schemes
 from engine.tensor_file import WEIGHT_DTYPES, TensorInfo, printable, read_header, read_json, read_tensor
 
 if TYPE_CHECKING:
@@ -44,7 +46,12 @@ class Checkpoint:
     model_config: ModelConfig
     tensors: dict[str, TensorInfo]
     notes: tuple[str, ...] = field(default=())  # what a person may want to know at start
+    scheme_of: Callable[[str], Scheme | None] = lambda name: None  # how a weight (without ".weight") is stored
     is_dummy: bool = False  # no weights are read: they are drawn
+
+    @property
+    def is_quantized(self) -> bool:
+        return "quantization_config" in self.config or "compression_config" in self.config
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -53,7 +60,10 @@ class Checkpoint:
 
     @property
     def stored_dtype(self) -> str:
-        """float32, float16 or bfloat16: what most bytes of weights are stored in."""
+        """float32, float16 or bfloat16: what most weights are stored in, or were before they were quantised."""
+        said = self.model_config.dtype
+        if self.is_quantized and said is not None:
+            return said
         sizes: Counter[str] = Counter()
         for info in self.tensors.values():
             if info.dtype in WEIGHT_DTYPES:
@@ -90,7 +100,33 @@ def _open(path: Path, *, is_dummy: bool) -> Checkpoint:
 
         tensors = dummy_tensors(model_config)
         return Checkpoint(path, config, generation_config, model_config, tensors, (*notes, NOTE), is_dummy=True)
-    return Checkpoint(path, config, generation_config, model_config, _read_headers(path), notes)
+    scheme_of = find_schemes(config)
+    return Checkpoint(path, config, generation_config, model_config, _read_headers(path), notes, scheme_of)
+
+
+@dataclass(frozen=True)
+class WeightCount:
+    """What a checkpoint's weights will take in memory."""
+
+    numbers: int  # in the model's dtype
+    packed_bytes: int = 0  # of those that stay quantised
+    schemes: tuple[str, ...] = ()  # how those are stored
+
+
+def count_weights(checkpoint: Checkpoint, packs_quantized: bool) -> WeightCount:
+    """Counts numbers and bytes without reading a weight."""
+    from engine.layers.weights import Weights
+    from kernels import definitions
+
+    family = model_class(checkpoint.model_config.architecture)
+    model = family(_settle_head(checkpoint), Weights(definitions(), family.FUSED))
+    stored = model.weights.find_schemes(checkpoint.scheme_of)
+    numbers = sum(math.prod(info.shape) for name, info in checkpoint.tensors.items() if name not in stored)
+    quantized = model.weights.quantized()
+    if not packs_quantized:
+        return WeightCount(numbers + sum(count for _, count in quantized))
+    packed = sum(int(scheme.bits * count / 8) for scheme, count in quantized)
+    return WeightCount(numbers, packed, tuple(sorted({scheme.name for scheme, _ in quantized})))
 
 
 def load_model(
@@ -102,11 +138,13 @@ def load_model(
     progress: Callable[[float, float], None] = lambda done, total: None,
     *,
     max_positions: int | None = None,
+    packs_quantized: bool = False,
 ) -> CausalLM:
     """The checkpoint's model with its weights on `device` as `dtype`.
 
     linear_form: a form of kernels/linear.py; None measures on a CPU and is "torch" elsewhere.
     progress(done, total): bytes of the files. max_positions: rows of the rope table, by default the whole context.
+    packs_quantized: quantised weights stay so, for a CPU's compiled kernels; else they become `dtype`.
     CheckpointError lists tensors that are missing, unexpected or misshapen; it comes before anything is allocated.
     Memory peaks at the model plus one layer's weight, and one tensor's pages of the file.
     """
@@ -116,9 +154,11 @@ def load_model(
     config = _settle_head(checkpoint)
     family = model_class(config.architecture)
     model = family(config, Weights(kernels, family.FUSED))
+    quantized = model.weights.find_schemes(checkpoint.scheme_of)
     shapes = {name: shape for layer in model.weights.layers for name, shape in layer.shapes().items()}
-    _check_tensors(checkpoint, shapes, tied=config.tie_word_embeddings)
-    place = Placement(device, dtype, linear_form or _measure_form(model, device, dtype, kernels))
+    _check_tensors(checkpoint, shapes, quantized, tied=config.tie_word_embeddings)
+    form = linear_form or _measure_form(model, device, dtype, kernels)
+    place = Placement(device, dtype, form, packs_quantized)
     for table in model.weights.tables.values():
         table.build(max_positions or config.context_length, device)
     _fill(model, checkpoint, place, progress)
@@ -128,13 +168,15 @@ def load_model(
 def _fill(model: CausalLM, checkpoint: Checkpoint, place: Placement, progress: Callable[[float, float], None]) -> None:
     """Layer by layer, tensor by tensor: mapped, cast into its place, unmapped; or drawn in its place."""
     from engine.dummy import draw
+    from engine.layers.placement import Read
 
-    def read(name: str, out: torch.Tensor) -> None:
+    def copy(name: str, out: torch.Tensor) -> None:
         if checkpoint.is_dummy:
             draw(name, out)
         else:
             out.copy_(read_tensor(checkpoint.tensors[name]))
 
+    read = Read(copy, lambda name: read_tensor(checkpoint.tensors[name]))
     sizes = [sum(checkpoint.tensors[name].nbytes for name in layer.shapes()) for layer in model.weights.layers]
     done = 0
     for layer, size in zip(model.weights.layers, sizes, strict=True):
@@ -175,17 +217,18 @@ def _same(one: TensorInfo, other: TensorInfo) -> bool:
     return bool((read_tensor(one) == read_tensor(other)).all())
 
 
-def _check_tensors(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], tied: bool) -> None:
+def _check_tensors(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], quantized: Stored, tied: bool) -> None:
     """One error for all that does not fit."""
     faults = []
     for name, shape in shapes.items():
         found = checkpoint.tensors.get(name)
+        allowed = quantized[name][1] if name in quantized else tuple(WEIGHT_DTYPES)
         if found is None:
             faults.append(f"missing: {name} {list(shape)}")
         elif found.shape != shape:
             faults.append(f"misshapen: {name}: expected {list(shape)}, found {list(found.shape)}")
-        elif found.dtype not in WEIGHT_DTYPES:
-            faults.append(f"unsupported type: {name}: expected {', '.join(WEIGHT_DTYPES)}, found {found.dtype}")
+        elif found.dtype not in allowed:
+            faults.append(f"unsupported type: {name}: expected {', '.join(allowed)}, found {found.dtype}")
     extras = [name for name in checkpoint.tensors if name not in shapes and not name.endswith(HARMLESS)]
     faults += [f"unexpected: {printable(name)}" for name in extras if not (tied and name == HEAD)]
     if faults:

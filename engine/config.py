@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from engine.checkpoint import WeightCount
 from engine.device import available_memory
 from engine.errors import ConfigError
 from engine.messages import BLOCK_SIZE, Decision, EngineOptions
@@ -96,11 +97,11 @@ def usable_cores() -> int:
 
 
 def resolve(
-    options: EngineOptions, model: ModelConfig, num_weights: int, stored_dtype: str, machine: Machine
+    options: EngineOptions, model: ModelConfig, weights: WeightCount, stored_dtype: str, machine: Machine
 ) -> tuple[EngineConfig, list[Decision]]:
     """The configuration and a line about each choice. ConfigError names the option that cannot be met.
 
-    num_weights counts the checkpoint's numbers; stored_dtype is what they are stored as. On a GPU the KV cache is
+    stored_dtype is what the checkpoint's plain numbers are stored as. On a GPU the KV cache is
     sized here from an estimate and again by `size_cache` when what is free has been measured.
     """
     check_ranges(options)
@@ -117,16 +118,28 @@ def resolve(
         max_context=asked_context(options, model),
         num_blocks=0,
     )
-    _check_memory(options, config, model, num_weights, machine)
-    left = machine.free_bytes - num_weights * ITEM_BYTES[dtype] - workspace_bytes(config, model)
+    _check_memory(options, config, model, weights, machine)
+    left = machine.free_bytes - weight_bytes(weights, dtype) - workspace_bytes(config, model)
     budget, why = cache_budget(options, config, model, left, machine)
     config, sized = size_cache(options, config, model, budget, why)
     return config, [
         Decision("device", f"{machine.device} ({machine.name})", machine.why),
         Decision("number type", dtype, why_dtype),
+        *_quantized(weights),
         *sized,
         *budgets,
     ]
+
+
+def weight_bytes(weights: WeightCount, dtype: str) -> int:
+    return weights.numbers * ITEM_BYTES[dtype] + weights.packed_bytes
+
+
+def _quantized(weights: WeightCount) -> list[Decision]:
+    if not weights.packed_bytes:
+        return []
+    why = "as the checkpoint has them; --dtype float32 or bfloat16 would dequantise them at load"
+    return [Decision("weights", f"quantised ({', '.join(weights.schemes)}), {size(weights.packed_bytes)}", why)]
 
 
 def check_ranges(options: EngineOptions) -> None:
@@ -254,11 +267,11 @@ def _budgets(options: EngineOptions, kind: str) -> tuple[int, int, list[Decision
 
 
 def _check_memory(
-    options: EngineOptions, config: EngineConfig, model: ModelConfig, num_weights: int, machine: Machine
+    options: EngineOptions, config: EngineConfig, model: ModelConfig, count: WeightCount, machine: Machine
 ) -> None:
     """ConfigError if weights, a step and the smallest useful cache, or the cache asked for, do not fit what is free."""
     smallest = _blocks(min(MIN_CONTEXT, config.max_context)) * block_bytes(model, config.dtype)
-    weights, work = num_weights * ITEM_BYTES[config.dtype], workspace_bytes(config, model)
+    weights, work = weight_bytes(count, config.dtype), workspace_bytes(config, model)
     cache, free = options.kv_cache_bytes or smallest, machine.free_bytes
     if weights + work + cache <= free:
         return
@@ -274,9 +287,10 @@ def _check_memory(
     helps = "No option makes it fit: free memory, or take a smaller model."
     if ways:
         helps = f"What helps: {', or '.join(ways)}."
+    kind = "quantised" if count.packed_bytes else config.dtype
     raise ConfigError(
         f"Not enough memory on {machine.device}: it needs {size(weights + work + cache)}, {size(free)} are free.\n"
-        f"Of it {size(weights)} are {config.dtype} weights, {size(cache)} KV cache and {size(work)} a step's work.\n"
+        f"Of it {size(weights)} are {kind} weights, {size(cache)} KV cache and {size(work)} a step's work.\n"
         f"{helps}"
     )
 

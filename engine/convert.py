@@ -1,6 +1,6 @@
 """A GGUF file's weights as an ordinary Hugging Face folder: config.json and safetensors.
 
-    python -m engine.convert FILE.gguf FOLDER [--dtype auto|float32|float16|bfloat16]
+    python -m engine.convert FILE.gguf FOLDER [--dtype auto|float32|float16|bfloat16|packed]
 
 Knows weights and config, not tokenizers (server.gguf_tokenizer writes those). No torch: numpy, and the `gguf` package
 to dequantise. Tensors go through in slices of rows, so memory does not grow with the model. Files get their names at
@@ -10,7 +10,8 @@ the end and config.json comes last: a folder with a config.json is complete.
 bfloat16: rounding to its 8 bits errs by at most 2^-9 of a value, well below what the quantisation itself lost (Q8_0:
 half a step is 2^-8 of a block's largest value, 4-bit types: 2^-4), while float16's range would be a risk for
 activations of models that were trained in bfloat16, and a few large values could not be held at all. With
-`--dtype float32` every value is exactly what `gguf` dequantises.
+`--dtype float32` every value is exactly what `gguf` dequantises. `--dtype packed` keeps the blocks of quantised
+matrices byte for byte, for engine/quantization/gguf.py: a folder that only Penstock reads, at the file's own size.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError
 from engine.gguf_config import Target, checkpoint_tensors, model_config
 from engine.gguf_file import GgufFile, TensorInfo, read_gguf
+from engine.quantization.gguf import TYPES as PACKABLE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,9 +55,12 @@ def convert_weights(
     factors = source.values("rope_freqs.weight") if "rope_freqs.weight" in gguf.tensors else None
     config = model_config(gguf, factors)
     targets = checkpoint_tensors(gguf, config)
-    dtype = source.main_dtype() if dtype == "auto" else dtype
-    shards = _shards(targets, dtype, max_shard)
-    sizes = [sum(_num_bytes(target, dtype) for target in shard) for shard in shards]
+    packed = {target.name: kind for target in targets if dtype == "packed" and (kind := source.packable(target))}
+    dtype = source.main_dtype() if dtype in ("auto", "packed") else dtype
+    vectors = "float32" if packed else dtype
+    layouts = [source.layout(target, dtype, vectors, target.name in packed) for target in targets]
+    shards = _shards(layouts, max_shard)
+    sizes = [sum(layout.nbytes for layout in shard) for shard in shards]
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < sum(sizes):
         raise CheckpointError(f"{folder} has no room for {sum(sizes) / 1e9:.1f} GB of {dtype} weights.")
@@ -65,15 +71,16 @@ def convert_weights(
     done = 0
     for name, shard, size in zip(names, shards, sizes, strict=True):
         with (folder / f"{name}.partial").open("wb") as out:
-            _write_shard(out, shard, dtype, source, _from(done, sum(sizes), report))
+            _write_shard(out, shard, source, _from(done, sum(sizes), report))
         done += size
     for name in names:
         os.replace(folder / f"{name}.partial", folder / name)
     if len(shards) > 1:
-        weight_map = {target.name: name for name, shard in zip(names, shards, strict=True) for target in shard}
+        weight_map = {part.target.name: name for name, shard in zip(names, shards, strict=True) for part in shard}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
-    write_json(folder / "config.json", {**config, "torch_dtype": dtype})
+    quantization = {"quantization_config": {"quant_method": "gguf", "tensors": packed}} if packed else {}
+    write_json(folder / "config.json", {**config, "torch_dtype": dtype, **quantization})
 
 
 def write_json(path: Path, content: object) -> None:
@@ -87,38 +94,48 @@ def _from(done: int, total: int, report: Report | None) -> Callable[[int], None]
     return lambda written: report(done + written, total) if report else None
 
 
-def _num_bytes(target: Target, dtype: str) -> int:
-    return math.prod(target.shape) * DTYPES[dtype][1]
+@dataclass(frozen=True)
+class _Layout:
+    """A tensor as it will be written."""
+
+    target: Target
+    dtype: str  # of DTYPES, or "packed"
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (1 if self.dtype == "packed" else DTYPES[self.dtype][1])
 
 
-def _shards(targets: Sequence[Target], dtype: str, limit: int) -> list[list[Target]]:
-    shards: list[list[Target]] = [[]]
+def _shards(layouts: Sequence[_Layout], limit: int) -> list[list[_Layout]]:
+    shards: list[list[_Layout]] = [[]]
     size = 0
-    for target in targets:
-        if shards[-1] and size + _num_bytes(target, dtype) > limit:
+    for layout in layouts:
+        if shards[-1] and size + layout.nbytes > limit:
             shards.append([])
             size = 0
-        shards[-1].append(target)
-        size += _num_bytes(target, dtype)
+        shards[-1].append(layout)
+        size += layout.nbytes
     return shards
 
 
-def _write_shard(
-    out: IO[bytes], shard: Sequence[Target], dtype: str, source: _Source, report: Callable[[int], None]
-) -> None:
+def _write_shard(out: IO[bytes], shard: Sequence[_Layout], source: _Source, report: Callable[[int], None]) -> None:
     """One safetensors file: 8 bytes of header length, the header, the tensors' bytes one after another."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for target in shard:
-        begin, end = end, end + _num_bytes(target, dtype)
-        header[target.name] = {"dtype": DTYPES[dtype][0], "shape": target.shape, "data_offsets": [begin, end]}
+    for layout in shard:
+        begin, end = end, end + layout.nbytes
+        dtype = "U8" if layout.dtype == "packed" else DTYPES[layout.dtype][0]
+        header[layout.target.name] = {"dtype": dtype, "shape": layout.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     out.write(len(text).to_bytes(8, "little") + text)
     written = 0
-    for target in shard:
-        for rows in source.slices(target):
-            data = _as_dtype(rows, dtype, target.source)
+    for layout in shard:
+        target = layout.target
+        packed = layout.dtype == "packed"
+        values = (_as_dtype(rows, layout.dtype, target.source) for rows in source.slices(target))
+        for data in source.bytes_of(target) if packed else values:
             out.write(data.data)
             written += data.nbytes
             report(written)
@@ -187,6 +204,34 @@ class _Source:
             return "bfloat16"
         return KEPT[weights.most_common(1)[0][0]] if weights else "float32"
 
+    def packable(self, target: Target) -> str:
+        """The type of a quantised matrix whose blocks can be kept; "" for other tensors."""
+        if target.source is None or len(target.shape) != 2:
+            return ""
+        kind = self._types[self.gguf.tensors[target.source].type].name
+        return kind if kind in PACKABLE else ""
+
+    def layout(self, target: Target, dtype: str, vectors: str, packed: bool) -> _Layout:
+        if not packed:
+            exact = dtype if len(target.shape) > 1 else vectors
+            return _Layout(target, exact, target.shape)
+        assert target.source is not None, "what is packed has a source"
+        return _Layout(target, "packed", (target.shape[0], self._row_bytes(self.gguf.tensors[target.source])))
+
+    def bytes_of(self, target: Target) -> Iterator[NDArray[np.uint8]]:
+        """The blocks of a matrix, row by row, in slices of at most about SLICE_BYTES."""
+        import numpy as np
+
+        assert target.source is not None, "what is packed has a source"
+        tensor = self.gguf.tensors[target.source]
+        row_bytes, head = self._row_bytes(tensor), target.permuted_head
+        step = max(1, SLICE_BYTES // (row_bytes * (head or 1))) * (head or 1)
+        for first in range(0, tensor.shape[0], step):
+            last = min(first + step, tensor.shape[0])
+            rows = self._data[tensor.offset + first * row_bytes : tensor.offset + last * row_bytes]
+            rows = rows.reshape(last - first, row_bytes)
+            yield np.ascontiguousarray(_halves(rows, head) if head else rows)
+
     def values(self, name: str) -> list[float]:
         """All values of a small tensor."""
         tensor = self.gguf.tensors[name]
@@ -237,7 +282,7 @@ class _Source:
             yield _halves(self._rows(tensor, first, min(first + step, tensor.shape[0])), head_dim)
 
 
-def _halves(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+def _halves(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:
     """[heads * head_dim, columns]: within each head, rows 0 2 4 ... then 1 3 5 ..."""
     heads = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
     return heads.swapaxes(1, 2).reshape(rows.shape)
@@ -264,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m engine.convert", description="GGUF weights to safetensors")
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES, "packed"], default="auto")
     args = parser.parse_args(argv)
     try:
         convert_weights(args.file, args.folder, args.dtype, _print_progress())

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.config_fields import Fields, shown
+from engine.config_fields import Fields
 from engine.errors import CheckpointError
 from engine.models import check_architecture, model_class
 from engine.rope_config import MAX_POSITIONS, Rope, read_rope
@@ -54,7 +54,6 @@ class ModelConfig:
 def read_model_config(config: dict[str, Any], generation_config: dict[str, Any] | None = None) -> ModelConfig:
     """The model that a config.json describes. CheckpointError names the field, what it holds and what is expected."""
     architecture = _architecture(config)
-    _refuse_quantised(config)
     family = model_class(architecture)
     fields = Fields(family.ABSENT | config)
     found = family.read_config(fields)
@@ -146,17 +145,6 @@ def _architecture(config: dict[str, Any]) -> str:
             raise
         raise CheckpointError(f"{error} The folder brings its own code (auto_map); Penstock never runs it.") from None
     return names[0]
-
-
-def _refuse_quantised(config: dict[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        found = config.get(key)
-        if found is not None:
-            method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
-            raise CheckpointError(
-                f"config.json: {key} says that the weights are quantised ({shown(method)}); "
-                "only float32, float16 and bfloat16 weights are served so far. Use the unquantised checkpoint."
-            )
 
 
 def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:

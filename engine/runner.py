@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.batch import Batch, LayerCache
 from engine.block_pool import BlockPool
-from engine.checkpoint import Checkpoint, load_model, open_checkpoint
+from engine.checkpoint import Checkpoint, count_weights, load_model, open_checkpoint
 from engine.config import EngineConfig, Machine, asked_context, cache_budget, look_at_machine, resolve, size_cache
 from engine.device import Device, open_device
 from engine.engine import Engine
@@ -282,9 +282,10 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
     began = time.monotonic()
     checkpoint = open_checkpoint(options.model_dir, options.load_format)
     machine = look_at_machine(options.device)
-    num_weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
     model_config = checkpoint.model_config
-    config, decisions = resolve(options, model_config, num_weights, checkpoint.stored_dtype, machine)
+    packs_quantized = machine.type == "cpu" and options.kernels == "auto" and options.dtype == "auto"
+    weights = count_weights(checkpoint, packs_quantized)
+    config, decisions = resolve(options, model_config, weights, checkpoint.stored_dtype, machine)
     kernels = choose(machine.type, config.kernels)
     form, chosen = _choose_arithmetic(checkpoint, config, kernels, machine)
     opened = time.monotonic()
@@ -298,6 +299,7 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
         form,
         lambda done, total: progress(Progress("read", done, total, "bytes")),
         max_positions=asked_context(options, model_config),
+        packs_quantized=packs_quantized,
     )
     read = time.monotonic()
 

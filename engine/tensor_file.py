@@ -27,6 +27,10 @@ ITEM_BYTES = {
     **{"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8},
 }
 WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # those a model can be made of
+CODE_DTYPES = {  # those that stand for quantised weights
+    **{"U8": "uint8", "I8": "int8", "I32": "int32", "I64": "int64"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E8M0": "uint8"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     first_page = info.start - info.start % mmap.ALLOCATIONGRANULARITY
     with info.file.open("rb") as file:  # a private mapping, since torch wants writable memory
         pages = mmap.mmap(file.fileno(), info.end - first_page, access=mmap.ACCESS_COPY, offset=first_page)
-    dtype = getattr(torch, WEIGHT_DTYPES[info.dtype])
+    dtype = getattr(torch, (WEIGHT_DTYPES | CODE_DTYPES)[info.dtype])
     if info.start % ITEM_BYTES[info.dtype]:
         return torch.frombuffer(bytearray(pages[info.start - first_page :]), dtype=dtype).view(info.shape)
     return torch.frombuffer(pages, dtype=dtype, offset=info.start - first_page).view(info.shape)

@@ -16,6 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kernels.quantized import PackedQuantized, quantized_linear, quantized_rows
+
 FORMS = ("torch", "numba")
 WORTH = 1.5  # how many times as fast torch must be for its form to be chosen
 MEASURED_ROWS, MEASURED_SIZE, MEASURED_SECONDS = (1, 8, 32), 3072, 0.2  # rows of x; N and K at most; in all
@@ -34,6 +36,9 @@ class PackedLinear:
     @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype
+
+
+AnyPacked = PackedLinear | PackedQuantized
 
 
 @cache
@@ -70,23 +75,29 @@ def unpack(packed: PackedLinear) -> Tensor:
     return rows(packed, torch.arange(packed.out_features, device=packed.data.device))
 
 
-def rows(packed: PackedLinear, ids: Tensor) -> Tensor:
-    """Rows of the weight in its dtype, [T, K] for ids int64 [T]: an embedding from the matrix that is also the head."""
+def rows(packed: AnyPacked, ids: Tensor) -> Tensor:
+    """Rows of the weight in its dtype (float32 of a quantised one), [T, K] for ids int64 [T]: an embedding from the
+    matrix that is also the head."""
+    if isinstance(packed, PackedQuantized):
+        return quantized_rows(packed, ids)
     if packed.form == "torch":
         return torch.nn.functional.embedding(ids, packed.data)
     width = packed.data.shape[2]
     return packed.data[ids // width, :, _compiled().lane(ids % width, packed.dtype)]
 
 
-def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
-    """x [T, K] w^T + bias [N] -> [T, N] in x's dtype. x is float32 on a CPU, whatever the weight's dtype.
+def linear(x: Tensor, packed: AnyPacked, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x [T, K] w^T + bias [N] -> [T, N] in x's dtype, or in `out`. x is float32 on a CPU, whatever the weight's dtype.
 
     The torch form computes in the weight's dtype. The numba form computes in float32 from exact weights, each output
     one chain of fused multiply-adds in the order of K: its bits do not depend on T.
     """
+    if isinstance(packed, PackedQuantized):
+        return quantized_linear(x, packed, bias, out)
     if packed.form == "torch":
         cast_bias = None if bias is None else bias.to(packed.dtype)
-        return torch.nn.functional.linear(x.to(packed.dtype), packed.data, cast_bias).to(x.dtype)
+        y = torch.nn.functional.linear(x.to(packed.dtype), packed.data, cast_bias).to(x.dtype)
+        return y if out is None else out.copy_(y)
     t, k = x.shape
     n = packed.out_features
     if x.dtype is not torch.float32 or k != packed.in_features:
@@ -95,10 +106,11 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
         bias = bias.float().contiguous()
     if x.stride(1) != 1:
         x = x.contiguous()
-    y = torch.empty(t, n)
+    y = torch.empty(t, n) if out is None else out
+    assert y.dtype is torch.float32, "activations on a CPU are float32"
     _compiled().linear(
         packed.dtype, x.data_ptr(), 4 * x.stride(0), packed.data.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), 4 * n, t, n, k,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), 4 * y.stride(0), t, n, k,
     )  # fmt: skip
     return y
 

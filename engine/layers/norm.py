@@ -33,6 +33,6 @@ class RMSNorm:
         return {f"{self.name}.weight": (self.size,)}
 
     def load(self, read: Read, place: Placement) -> None:
-        weight = torch.empty(self.size, dtype=place.dtype, device=place.device)
+        weight = torch.empty(self.size, dtype=place.vectors, device=place.device)
         read(f"{self.name}.weight", weight)
         self.weight = weight.to(place.activations)

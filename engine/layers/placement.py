@@ -9,8 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Read = Callable[[str, Tensor], None]
-"""read(name, out): the checkpoint's tensor, cast into `out`, which has its shape."""
+
+@dataclass(frozen=True)
+class Read:
+    """The checkpoint's tensors by name."""
+
+    copy: Callable[[str, Tensor], None]  # cast into a tensor that has its shape
+    stored: Callable[[str], Tensor]  # as it is stored
+
+    def __call__(self, name: str, out: Tensor) -> None:
+        self.copy(name, out)
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,12 @@ class Placement:
     device: torch.device
     dtype: torch.dtype  # of weights
     linear_form: str  # kernels/linear.py's name for how linear weights are laid out
+    packs_quantized: bool = False  # quantised weights stay so; else they become `dtype`
+
+    @property
+    def vectors(self) -> torch.dtype:
+        """Norms' weights and biases are rounded to the model's dtype; beside quantised matrices they stay exact."""
+        return self.activations if self.packs_quantized else self.dtype
 
     @property
     def activations(self) -> torch.dtype:

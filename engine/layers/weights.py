@@ -6,7 +6,7 @@ A model's constructor asks for its layers by name and gets them empty; the loade
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from engine.layers.attention import PagedAttention
@@ -25,6 +25,7 @@ from engine.layers.placement import Layer
 from engine.layers.rope import RotaryTable
 from engine.layers.vector import Vector
 from engine.mixture_config import MixtureConfig
+from engine.quantization import Scheme, Stored
 from engine.rope_config import Rope
 from kernels import Kernels
 
@@ -44,6 +45,18 @@ class Weights:
 
     def experts(self) -> list[RoutedExperts]:
         return [layer for layer in self.layers if isinstance(layer, RoutedExperts)]
+    def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> Stored:
+        """Tells each layer how its weights are stored; returns the tensors that stand for quantised ones."""
+        found: Stored = {}
+        for layer in self.layers:
+            if isinstance(layer, Linear | Embedding):
+                layer.find_schemes(scheme_of)
+                found |= layer.stored()
+        return found
+
+    def quantized(self) -> list[tuple[Scheme, int]]:
+        """(scheme, number of weights) of all that is stored quantised; after `find_schemes`."""
+        return [pair for layer in self.layers if isinstance(layer, Linear | Embedding) for pair in layer.quantized()]
 
     def at(self, path: str) -> Weights:
         return replace(self, prefix=f"{self.prefix}{path}.")

@@ -26,10 +26,11 @@ from kernels.cpu.linear import (
     TASK_BYTES,
     TASK_PANELS,
     TILES,
+    Y_ROW,
     W,
     X,
     Y,
-    _rows_of,
+    rows_of,
 )
 from kernels.cpu.linear import tasks as linear_tasks
 from kernels.cpu.simd import (
@@ -60,7 +61,7 @@ from kernels.experts import PackedExperts
 from kernels.mixture import SILU, Gate
 
 STEP_BYTES = 1 << 26  # of memory for the pairs of one turn; more tokens than fit take several
-CALL_BYTES = 12 * 8  # of one expert's call of the linear layer
+CALL_BYTES = 13 * 8  # of one expert's call of the linear layer
 
 # words of a call's description; addresses of the plan's arrays: int64 [X + 1] each, int32 [P] each, [X] calls each
 (IN, IN_ROW, IDS, WEIGHTS, OUT, TOKENS, TOP, EXPERTS, LOAD, SHARED, SHARED_ROW, SHARED_GATE, HIDDEN, INNER,
@@ -116,6 +117,7 @@ def _describe_product(
         put_i64(to + 8 * W, weights + e * all_panels * features * WIDTH * element)
         put_i64(to + 8 * BIAS, bias + 4 * e * columns if bias != 0 else 0)
         put_i64(to + 8 * Y, out + start * out_row)
+        put_i64(to + 8 * Y_ROW, 4 * columns)
         put_i64(to + 8 * ROWS, rows)
         put_i64(to + 8 * COLUMNS, columns)
         put_i64(to + 8 * FEATURES, features)
@@ -162,7 +164,7 @@ def _gather(call: int, index: int, thread: int) -> None:
     experts, features = word(call, EXPERTS), word(call, HIDDEN)
     e = _owner(word(call, FIRST_TILE), experts, index)
     mine = word(call, CALLS) + CALL_BYTES * e
-    row, rows = _rows_of(mine, index - get_i64(word(call, FIRST_TILE) + 8 * e))
+    row, rows = rows_of(mine, index - get_i64(word(call, FIRST_TILE) + 8 * e))
     to = word(mine, PACKED) + 4 * row * features
     for m in range(rows):
         pair = get_i32(word(call, ORDER) + 4 * (get_i64(word(call, STARTS) + 8 * e) + row + m))
@@ -187,7 +189,7 @@ def _activate(call: int, index: int, thread: int) -> None:
     experts, size = word(call, EXPERTS), word(call, INNER)
     e = _owner(word(call, FIRST_TILE), experts, index)
     mine = word(call, CALLS) + CALL_BYTES * (experts + e)
-    row, rows = _rows_of(mine, index - get_i64(word(call, FIRST_TILE) + 8 * e))
+    row, rows = rows_of(mine, index - get_i64(word(call, FIRST_TILE) + 8 * e))
     to = word(mine, PACKED) + 4 * row * size
     whole = size // WIDTH * WIDTH
     for m in range(rows):

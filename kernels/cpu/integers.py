@@ -17,13 +17,27 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from kernels.cpu.int_tile import CHUNKS, MAX_ROWS, UNROLLED, int_tile
-from kernels.cpu.linear import BIAS, COLUMNS, FEATURES, PACKED, PER_TASK, ROW_TASKS, ROWS, TILES, W, X_ROW, Y_ROW, X, Y
-from kernels.cpu.linear import panels, rows_of, split
+from kernels.cpu.linear import (
+    BIAS,
+    COLUMNS,
+    FEATURES,
+    PACKED,
+    PER_TASK,
+    ROW_TASKS,
+    TILES,
+    X_ROW,
+    Y_ROW,
+    W,
+    X,
+    Y,
+    panels,
+    rows_of,
+    split,
+)
 from kernels.cpu.simd import (
     BYTES,
     F32,
     I16,
-    I32,
     I64,
     INT_VECTOR,
     KINDS,
@@ -41,7 +55,6 @@ from kernels.cpu.simd import (
     put_i32,
     spread,
     stack,
-    store,
     sub,
     total,
     vec,

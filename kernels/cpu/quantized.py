@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.cpu.integers import get_u8, put_u8
@@ -28,9 +27,9 @@ from kernels.cpu.linear import (
     ROW_TASKS,
     ROWS,
     TILES,
-    W,
     X_ROW,
     Y_ROW,
+    W,
     X,
     Y,
     pack_rows_task,
@@ -201,7 +200,9 @@ def _tile(call: int, row: int, rows: int, panel: int, count: int, k: int, length
     start, start_row = _start(call, y, panel, k)
     left = word(call, COLUMNS) - panel * WIDTH
     if left >= WIDTH:
-        dot_tile(F32, rows, count, x, x_row, x_step, w, 4 * WIDTH, 4 * WIDTH * BLOCK, length, start, start_row, y, y_row)
+        dot_tile(
+            F32, rows, count, x, x_row, x_step, w, 4 * WIDTH, 4 * WIDTH * BLOCK, length, start, start_row, y, y_row
+        )
         return
     to = _ragged_buffer()
     dot_tile(F32, rows, 1, x, x_row, x_step, w, 4 * WIDTH, 4 * WIDTH * BLOCK, length, 0, 0, to, WIDTH * 4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine import config as configuration
+from engine.checkpoint import WeightCount
 from engine.config import EngineConfig, Machine, block_bytes, look_at_machine, resolve, size_cache, workspace_bytes
 from engine.errors import ConfigError
 from engine.messages import BLOCK_SIZE, Decision, EngineOptions
@@ -45,7 +46,9 @@ def decide(
     machine: Machine = CPU, stored: str = "bfloat16", num_weights: int = LLAMA_1B, **options: Any
 ) -> tuple[EngineConfig, dict[str, Decision]]:
     shape = options.pop("shape", {})
-    config, decisions = resolve(EngineOptions(model_dir="m", **options), model(**shape), num_weights, stored, machine)
+    config, decisions = resolve(
+        EngineOptions(model_dir="m", **options), model(**shape), WeightCount(num_weights), stored, machine
+    )
     return config, {decision.name: decision for decision in decisions}
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import config as configuration
 from engine import runner as running
+from engine.checkpoint import WeightCount
 from engine.config import Machine, block_bytes, resolve
 from engine.device import CpuDevice
 from engine.errors import ConfigError
@@ -131,7 +132,7 @@ def test_one_pool_of_threads_does_the_arithmetic(folder: Path) -> None:
 def test_kernels_that_fail_on_a_gpu_are_named_and_not_used(num_wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = read_model_config(random_config("MistralForCausalLM", 1, sliding_window=24))
     gpu = Machine("cuda:0", "Test GPU", 2**36, 2, True, "asked for")
-    config, _ = resolve(EngineOptions(model_dir="m"), model, 10**6, "float16", gpu)
+    config, _ = resolve(EngineOptions(model_dir="m"), model, WeightCount(10**6), "float16", gpu)
     checked: list[Any] = []
 
     def found(device: torch.device, *, sizes: selfcheck.Sizes) -> list[str]:
@@ -170,7 +171,7 @@ def test_a_gpus_cache_is_sized_beside_the_heaviest_step_it_was_seen_to_take(
     runner = make_runner(folder, "torch")
     gpu = Machine("cuda:0", "Test GPU", 80 * 2**30, 2, True, "asked for")
     asked = EngineOptions(model_dir=str(folder), gpu_memory_fraction=0.5, **options)
-    config, _ = resolve(asked, runner.model.config, 10**6, "float32", gpu)
+    config, _ = resolve(asked, runner.model.config, WeightCount(10**6), "float32", gpu)
     steps = []
 
     def forward(batch: Any, caches: Any) -> torch.Tensor:
@@ -197,7 +198,7 @@ def test_the_heaviest_step_writes_into_no_block(folder: Path, monkeypatch: pytes
     config, _ = resolve(
         options_for(folder, max_batch_tokens=64),
         runner.model.config,
-        10**6,
+        WeightCount(10**6),
         "float32",
         Machine("cpu", "", 2**40, 2, True, ""),
     )

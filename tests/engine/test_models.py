@@ -259,10 +259,10 @@ def test_loaded_weights_are_the_files_cast_and_stacked(tmp_path: Path, kernels: 
     for i, layer in enumerate(model.layers):
         qkv = [f"model.layers.{i}.self_attn.{name}_proj" for name in "qkv"]
         weight, bias = (torch.cat([stored[f"{name}.{kind}"] for name in qkv]) for kind in ("weight", "bias"))
-        assert torch.equal(unpack(layer.self_attn.qkv_proj.weight), weight.to(wanted))
+        assert torch.equal(unpack(layer.self_attn.qkv_proj.weights[0]), weight.to(wanted))
         assert torch.equal(layer.self_attn.qkv_proj.bias, bias.to(wanted).float())
         down = stored[f"model.layers.{i}.mlp.down_proj.weight"].to(wanted)
-        assert torch.equal(unpack(layer.mlp.down_proj.weight), down)
+        assert torch.equal(unpack(layer.mlp.down_proj.weights[0]), down)
         norm = stored[f"model.layers.{i}.input_layernorm.weight"].to(wanted).float()
         assert torch.equal(layer.input_layernorm.weight, norm)
     ids = torch.arange(config["vocab_size"])

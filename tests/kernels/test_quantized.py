@@ -1,4 +1,4 @@
-"""Quantised linear layers: the compiled form against float64 on the dequantised weight, and the same bits in any crowd."""
+"""Quantised linear layers: the compiled forms against float64, and the same bits in any crowd."""
 
 from __future__ import annotations
 
