@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Batch, LayerCache
-from engine.checkpoint import open_checkpoint
+from engine.checkpoint import count_weights, open_checkpoint
 from engine.config import Machine, resolve, usable_cores
 from engine.device import Array, CpuDevice, Download
 from engine.errors import ConfigError
@@ -139,8 +139,8 @@ def load_null_engine(options: EngineOptions, progress: Callable[[Progress], None
     began = time.monotonic()
     checkpoint = open_checkpoint(options.model_dir, "dummy")
     machine = Machine("cuda:0", "modelled", MEMORY, usable_cores(), True, "--model-runner; it has 80 GB")
-    num_weights = sum(info.nbytes for info in checkpoint.tensors.values()) // 2
-    config, decisions = resolve(options, checkpoint.model_config, num_weights, checkpoint.stored_dtype, machine)
+    weights = count_weights(checkpoint, packs_quantized=False)
+    config, decisions = resolve(options, checkpoint.model_config, weights, checkpoint.stored_dtype, machine)
     device = PacedDevice()
     model = NullModel(checkpoint.model_config, device, STEP_TIMES[options.model_runner])
     runner = ModelRunner(

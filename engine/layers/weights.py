@@ -45,6 +45,7 @@ class Weights:
 
     def experts(self) -> list[RoutedExperts]:
         return [layer for layer in self.layers if isinstance(layer, RoutedExperts)]
+
     def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> Stored:
         """Tells each layer how its weights are stored; returns the tensors that stand for quantised ones."""
         found: Stored = {}
