@@ -14,6 +14,8 @@ from hashlib import sha256
 
 from engine.messages import BLOCK_SIZE
 
+ID_BYTES = 4  # of a token id, as `pack` writes it
+
 
 @dataclass(slots=True)
 class Block:
@@ -42,8 +44,10 @@ def block_digest(parent: bytes, content: bytes) -> bytes:
 def extend_digests(digests: list[bytes], tokens: list[int], salt: str, count: int, block_size: int) -> None:
     """Append to `digests` until it covers the first `count` blocks of `tokens`."""
     parent = digests[-1] if digests else root_digest(salt)
-    for start in range(len(digests) * block_size, count * block_size, block_size):
-        parent = block_digest(parent, pack(tokens[start : start + block_size]))
+    content = pack(tokens[len(digests) * block_size : count * block_size])  # once: of many short ones each costs more
+    size = ID_BYTES * block_size
+    for start in range(0, len(content), size):
+        parent = block_digest(parent, content[start : start + size])
         digests.append(parent)
 
 
@@ -66,14 +70,16 @@ class BlockPool:
 
     def find(self, digests: list[bytes], tokens: list[int]) -> list[int]:
         """The longest run of cached blocks from the start; the ids are compared too, not only their digests."""
-        found: list[int] = []
+        known: list[int] = []
         for digest in digests:
-            block_id = self.findable.get(digest)
-            start = len(found) * self.block_size
-            if block_id is None or self.blocks[block_id].content != pack(tokens[start : start + self.block_size]):
+            if (block_id := self.findable.get(digest)) is None:
                 break
-            found.append(block_id)
-        return found
+            known.append(block_id)
+        content, size = pack(tokens[: len(known) * self.block_size]), ID_BYTES * self.block_size
+        for i, block_id in enumerate(known):
+            if self.blocks[block_id].content != content[i * size : (i + 1) * size]:
+                return known[:i]
+        return known
 
     def cost(self, shared: list[int], num_tokens: int) -> int:
         """Blocks that leave the free list when a new table takes `shared` and grows to `num_tokens`."""
