@@ -1,6 +1,7 @@
 """What the host costs: the real engine around no model (--model-runner null), on this machine.
 
     python benchmarks/host.py steps              steps per second, and the host's share of an H100's step of an 8B model
+    python benchmarks/host.py scheduler          schedule and update per sequence, prefix hashing, admission
     python benchmarks/host.py trace              requests as people send them, at the pace of that GPU
     python benchmarks/host.py soak               200,000 short requests: memory, latency and garbage collections
     python benchmarks/host.py soak --http        the same through the whole server (10 minutes and more)
@@ -262,7 +263,7 @@ def soak(count: int, concurrency: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("steps", "trace", "soak"))
+    parser.add_argument("command", choices=("steps", "scheduler", "trace", "soak"))
     parser.add_argument("--steps", type=int, default=200, help="steps timed at each batch")
     parser.add_argument("--requests", type=int, default=None, help="default: 400 for trace, 200000 for soak")
     parser.add_argument("--concurrency", type=int, default=64, help="requests at once (soak)")
@@ -275,6 +276,15 @@ def main() -> None:
     say(f"{date.today()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}, load {os.getloadavg()[0]:.1f}")
     if options.command == "steps":
         steps_table(options.steps)
+    elif options.command == "scheduler":
+        from benchmarks import scheduler
+
+        batch_tokens = scheduler.ADMITTED * scheduler.PROMPT
+        engine = null_engine(max_batch_tokens=batch_tokens, max_sequences=scheduler.ADMITTED, max_context=2048)
+        say(f"calibration {calibrate():.0f} ns")
+        for line in (*scheduler.decode_report(options.steps), *scheduler.admission_report(engine)):
+            say(line)
+        say(f"calibration {calibrate():.0f} ns")
     elif options.command == "trace":
         trace_report(options.trace, options.requests or 400, options.rate, options.burstiness)
     elif options.http:

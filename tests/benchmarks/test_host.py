@@ -9,10 +9,12 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from benchmarks import host
+from benchmarks import host, scheduler
 from benchmarks.host import SHORT, drive, growth, null_engine, tenths, timed_requests
 from benchmarks.soak import soak_server
 from benchmarks.workload import TRACES, Lengths
+from engine.messages import BLOCK_SIZE
+from engine.scheduler import Scheduler
 
 
 def test_requests_are_drawn_from_their_seed_with_the_asked_lengths_and_times() -> None:
@@ -45,7 +47,7 @@ def test_lognormal_lengths_are_written_with_a_tilde() -> None:
 
 
 def test_every_request_is_answered_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host.gc, "freeze", lambda: None)  # this process has other things to collect
+    monkeypatch.setattr(host, "spare_the_collector", lambda: None)  # this process has other things to collect
     engine = null_engine(max_sequences=4)
     run = drive(engine, timed_requests(3, *SHORT), 60, concurrency=7)
     wanted = [request.params.max_tokens for _, request in islice(timed_requests(3, *SHORT), 60)]
@@ -56,6 +58,40 @@ def test_every_request_is_answered_and_counted_once(monkeypatch: pytest.MonkeyPa
     assert run.latencies.sum() >= run.firsts.sum()
     assert not engine.has_work()
     engine.scheduler.check()
+
+
+def test_the_books_are_timed_in_steps_that_draw_for_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes: list[int] = []
+    timed = scheduler.step
+
+    def step(books: Scheduler) -> tuple[float, float]:
+        known = {seq: len(seq.tokens) for seq in books.running}
+        found = timed(books)
+        decodes.append(sum(len(seq.tokens) - known.get(seq, len(seq.tokens)) for seq in books.running))
+        return found
+
+    monkeypatch.setattr(scheduler, "step", step)
+    monkeypatch.setattr(scheduler, "BATCHES", (64, 1024))
+    monkeypatch.setattr(scheduler, "PROMPT", 32)
+    _, few, many, growth = scheduler.decode_report(20)
+    assert decodes[-20 - BLOCK_SIZE :] == [1024] * (20 + BLOCK_SIZE)
+    assert (few.split()[0], many.split()[0]) == ("64", "1024")
+    assert "times" in growth
+    assert all(float(cell) > 0 for cell in few.replace("|", "").split())
+
+
+def test_admission_is_timed_for_prompts_that_are_new_and_for_prompts_that_are_cached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "spare_the_collector", lambda: None)
+    monkeypatch.setattr(scheduler, "ADMITTED", 4)
+    engine = null_engine(max_batch_tokens=4 * scheduler.PROMPT, max_sequences=4, max_context=2048)
+    hashing, new, cached = scheduler.admission_report(engine)
+    assert "ns a token" in hashing
+    assert ("new" in new, "cached" in cached) == (True, True)
+    stats = engine.stats()
+    assert stats.prefix_hits == scheduler.TURNS * 4 * (scheduler.PROMPT - BLOCK_SIZE)
+    assert not engine.has_work()
 
 
 def test_growth_is_that_of_the_last_third_and_latency_that_of_the_tenths() -> None:
