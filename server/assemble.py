@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 
 from engine.messages import Delta, Submit, TokenLogprob
 from server.admission import Work, admit
+from server.answer_parser import AnswerParser, ParserOptions
 from server.detokenizer import Detokenizer
 from server.errors import RequestError, engine_fault
 from server.logs import Trace
 from server.state import ServerState
 from server.text_scan import StopScanner
+from server.tools.reader import CallDelta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,7 @@ class TextOptions:
     stops: list[str] = field(default_factory=list)
     include_stop: bool = False
     skip_special: bool = True
+    parser: ParserOptions | None = None  # None: all of the text is content
     prompt_only: bool = False  # max_tokens 0: one token is drawn and not shown (OpenAI's way to score a prompt)
 
 
@@ -37,9 +40,11 @@ class Piece:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
-    finish: str | None = None  # stop | length
+    finish: str | None = None  # stop | length | tool_calls
     stop_reason: str | int | None = None  # the client's stop string or stop id that ended it
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    reasoning: str = ""
+    calls: list[CallDelta] | None = None
 
 
 class Choice:
@@ -48,6 +53,7 @@ class Choice:
     __slots__ = (
         "_detokenizer",
         "_options",
+        "_parser",
         "_scanner",
         "ask",
         "cached",
@@ -55,6 +61,7 @@ class Choice:
         "first",
         "last",
         "num_tokens",
+        "reasoning_tokens",
         "scheduled"
     )  # fmt: skip
 
@@ -62,13 +69,16 @@ class Choice:
         assert state.tokenizer is not None
         self.ask = ask
         self.num_tokens = 0
+        self.reasoning_tokens = 0
         self.cached = 0
         self.scheduled: float | None = None
         self.first: float | None = None
         self.last: float | None = None
         self.finish: str | None = None
         self._options = options
-        self._detokenizer = Detokenizer(state.tokenizer, ask.prompt, options.skip_special)
+        self._parser = None if options.parser is None else AnswerParser(options.parser)
+        visible = frozenset() if options.parser is None else options.parser.visible
+        self._detokenizer = Detokenizer(state.tokenizer, ask.prompt, options.skip_special, visible)
         self._scanner = StopScanner(options.stops, options.include_stop) if options.stops else None
 
     def take(self, delta: Delta, now: float) -> Piece:
@@ -88,7 +98,7 @@ class Choice:
         else:
             self.finish = "stop"
         self.num_tokens += used
-        return Piece(
+        piece = Piece(
             self.ask.id,
             text,
             ids[:used],
@@ -97,6 +107,19 @@ class Choice:
             stop or (delta.stop_token if delta.stop_token in self.ask.params.stop_token_ids else None),
             delta.prompt_logprobs,
         )
+        if self._parser is not None:
+            self._parse(piece)
+        return piece
+
+    def _parse(self, piece: Piece) -> None:
+        """Take reasoning and calls out of a piece's text. A choice that called a tool has not just stopped."""
+        assert self._parser is not None
+        if self._parser.reasoning:
+            self.reasoning_tokens += len(piece.tokens)
+        piece.reasoning, piece.text, calls = self._parser.push(piece.text, piece.finish is not None)
+        piece.calls = calls or None
+        if piece.finish == "stop" and self._parser.called:
+            piece.finish = "tool_calls"
 
     def _text(self, ids: list[int], final: bool) -> tuple[str, str | None, int]:
         """(text to show, the stop string found, tokens up to it). Stop strings count from min_tokens on."""
@@ -162,6 +185,10 @@ class Answer:
     def output_tokens(self) -> int:
         """Over all choices."""
         return sum(choice.num_tokens for choice in self.choices)
+
+    def reasoning_tokens(self) -> int:
+        """Of those, the ones that went into reasoning."""
+        return sum(choice.reasoning_tokens for choice in self.choices)
 
     def _take(self, deltas: list[tuple[int, Delta]]) -> tuple[list[Piece], RequestError | None]:
         now = time.monotonic()
@@ -254,6 +281,10 @@ async def fold(answer: Answer) -> list[Piece]:
 
 def join(index: int, pieces: list[Piece]) -> Piece:
     """Successive pieces of one choice as one piece."""
+    calls: dict[int, CallDelta] = {}
+    for part in (call for piece in pieces for call in piece.calls or ()):
+        into = calls.setdefault(part.index, CallDelta(part.index, part.name, "", part.id))
+        into.arguments += part.arguments
     logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
     return Piece(
         index,
@@ -263,4 +294,6 @@ def join(index: int, pieces: list[Piece]) -> Piece:
         pieces[-1].finish,
         pieces[-1].stop_reason,
         next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs is not None), None),
+        "".join(piece.reasoning for piece in pieces),
+        list(calls.values()) or None,
     )

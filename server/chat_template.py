@@ -124,6 +124,10 @@ class ChatTemplates:
             rendered = _cut_at_mark(rendered, last, mark)
         return hidden.segments(rendered)
 
+    async def explain_tools(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """Our own prompt about tools, for a template that knows none. Raises RequestError."""
+        return await self._run(chat_templates.read("tool_prompt"), {"tools": tools})
+
     async def start(self) -> None:
         """Have a helper process ready, so that the first request need not wait for it."""
         if self.templates:

@@ -32,18 +32,31 @@ codecs.register_error("penstock_each_byte", _each_byte)
 class Detokenizer:
     """The text that follows `prompt_ids`, pushed id by id; a new one over prompt and output goes on where one ended."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        skip_special: bool = True,
+        visible: frozenset[int] = frozenset(),
+    ) -> None:
+        """visible: special ids that are text all the same."""
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special else frozenset()
+        self._skip = tokenizer.special_ids - visible if skip_special else frozenset()
         self._table, byte_level, self._strip = tokenizer.pieces
         self._errors = "replace" if byte_level else "penstock_each_byte"
         self._cut = b""  # the beginning of a character whose end has not come
         self._window: list[int] = []
         self._shown = 0  # ids of the window whose text is out
         self._shown_text = ""
+<<<<<<< HEAD
         self._byte_level = byte_level
         visible = (id for id in reversed(prompt_ids) if self._has_text(id))
         if before := [*islice(visible, CONTEXT)][::-1]:
+=======
+        self._push = self._push_window if self._table is None else self._push_bytes if byte_level else self._push_pieces
+        shown = (id for id in reversed(prompt_ids) if self._has_text(id))
+        if before := [*islice(shown, CONTEXT)][::-1]:
+>>>>>>> 74cf787 (Read tool calls and reasoning out of answers, hold calls to their schemas)
             self._push(before)
             self._strip = 0
             if self._shown < len(self._window):

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.admission import Work
+from server.answer_parser import ParserOptions
 from server.assemble import Answer, Piece, TextOptions, fold
 from server.auth import salt_of
 from server.errors import RequestError, error_body, internal_error
@@ -86,6 +87,7 @@ async def open_answer(
     logprobs: int | None,
     prompt_logprobs: int | None,
     grammar: str,
+    parser: ParserOptions | None = None,
 ) -> Answer:
     """Admit the prompts and hand them to the engine. max_tokens: the field's name and value; raises RequestError."""
     state, trace = server_state(request), trace_of(request)
@@ -96,6 +98,7 @@ async def open_answer(
         stops=body.stop or [],
         include_stop=bool(body.include_stop_str_in_output),
         skip_special=body.skip_special_tokens is not False,
+        parser=parser,
         prompt_only=max_tokens[1] == 0,
     )
     work = Work(
@@ -167,7 +170,7 @@ def usage(answer: Answer) -> dict[str, Any]:
         "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": answer.cached_tokens(), "audio_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": 0,
+            "reasoning_tokens": answer.reasoning_tokens(),
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,

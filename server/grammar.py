@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -26,7 +26,8 @@ from server.schema.structured import StructuredOutputs
 from server.tokenizer import Tokenizer
 
 SECONDS = 2.0
-MAX_BYTES = 64 * 1024
+MAX_BYTES = 64 * 1024  # of one schema
+MAX_LARK_BYTES = 4 * MAX_BYTES  # tools bring a schema each
 MAX_DEPTH, MAX_PROPERTIES, MAX_ENUM = 64, 500, 5000  # of a schema: levels of JSON, properties, enum values
 MAX_SAID = 200  # characters of llguidance's own words
 MAX_CHECKED = 1024  # grammars remembered as good, by digest
@@ -44,10 +45,12 @@ class Part:
     schema: Mapping[str, Any] | None = None
     lark: str = ""
     ebnf: str = ""  # in place of lark; turned into it when checked
+    name: str = ""  # by which another grammar refers to it
 
     def fields(self) -> dict[str, Any]:
         """The grammar as an entry of llguidance's list."""
-        return {"json_schema": self.schema} if self.schema is not None else {"lark_grammar": self.lark}
+        named = {"name": self.name} if self.name else {}
+        return named | ({"json_schema": self.schema} if self.schema is not None else {"lark_grammar": self.lark})
 
 
 def json_part(schema: Mapping[str, Any], param: str, white_space: str | None = WHITE_SPACE) -> Part:
@@ -147,26 +150,25 @@ class Grammars:
         tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
         return cls(Vocabulary(tokens, sorted(tokenizer.special_ids), ends))
 
-    async def check(self, part: Part, around: str = "") -> str:
-        """The grammar for `SamplingParams.grammar`; raises RequestError.
+    async def check(self, *parts: Part) -> str:
+        """The grammar for `SamplingParams.grammar`: the first part, in which @name stands for a later one of that name.
 
-        around: Lark in which @answer stands for the part; "": the part alone.
+        Raises RequestError.
         """
-        if part.ebnf:
-            _check_size(part.ebnf, part.param)
-            part = Part(part.param, lark=await self._ask("e", part.ebnf, part.param))
-        parts: list[dict[str, Any]] = [part.fields()]
-        if around:
-            parts = [{"lark_grammar": around}, {"name": "answer", **part.fields()}]
-        grammar = orjson.dumps({"grammars": parts}).decode()
-        _check_size(part.lark, part.param)
+        parts = tuple([await self._in_lark(part) for part in parts])
+        grammar = orjson.dumps({"grammars": [part.fields() for part in parts]}).decode()
         digest = hashlib.sha256(grammar.encode()).digest()
         if digest not in self._checked:
-            await self._ask("g", grammar, part.param)
+            await self._ask("g", grammar, parts[-1].param)
             self._checked[digest] = None
             if len(self._checked) > MAX_CHECKED:
                 self._checked.popitem(last=False)
         return grammar
+
+    async def _in_lark(self, part: Part) -> Part:
+        if len((part.ebnf or part.lark).encode()) > MAX_LARK_BYTES:
+            raise _too_large(part.param)
+        return replace(part, lark=await self._ask("e", part.ebnf, part.param), ebnf="") if part.ebnf else part
 
     async def close(self) -> None:
         """End the helper processes."""
@@ -195,11 +197,6 @@ def explain(said: str) -> str:
     words = QUOTED.sub(lambda match: safe_name(match[2]) or "(…)", first.removeprefix("error:").strip())
     words = UNSAFE.sub("", re.sub(r"^(at )?\d+\(\d+\): ", "", words))
     return f"cannot be used: {words[:MAX_SAID].rstrip('. ')}. Send one without that"
-
-
-def _check_size(text: str, param: str) -> None:
-    if len(text.encode()) > MAX_BYTES:
-        raise _too_large(param)
 
 
 def _too_large(param: str) -> RequestError:

@@ -174,9 +174,11 @@ async def _load(state: ServerState, url: str, began: float) -> Supervisor | None
     from server.grammar import Grammars
     from server.model_info import read_model_info
     from server.model_source import SourceError
+    from server.reasoning import choose_marks
     from server.start_report import show, whole_ledger
     from server.supervisor import Supervisor
     from server.tokenizer import load_tokenizer
+    from server.tools.choose import choose_tools
 
     settings, client = state.settings, state.client
     supervisor: Supervisor | None = None
@@ -190,6 +192,7 @@ async def _load(state: ServerState, url: str, began: float) -> Supervisor | None
         tokenizer = await asyncio.to_thread(load_tokenizer, located.folder)
         templates = await asyncio.to_thread(ChatTemplates.load, located.folder, settings.chat_template)
         await templates.start()
+        tools = await choose_tools(templates, settings.tool_parser)
         if await client.settled() != "ready" or client.ready is None:
             raise SourceError(client.failure.message if client.failure else "The engine process died while it loaded.")
         await _first_token(state)
@@ -203,6 +206,7 @@ async def _load(state: ServerState, url: str, began: float) -> Supervisor | None
     if (grammars := await asyncio.to_thread(Grammars.of, tokenizer, state.info)) is not None:
         client.set_vocabulary(grammars.vocabulary)
     state.templates, state.tokenizer, state.grammars = templates, tokenizer, grammars
+    state.tools, state.marks = tools, choose_marks(templates)
     gc.collect()
     gc.freeze()  # what is loaded lives for ever and is never walked again
     gc.set_threshold(COLLECT_AFTER)
@@ -250,10 +254,21 @@ def _own_decisions(state: ServerState, located: Located) -> list[Decision]:
     return [
         Decision("model", state.model_name, located.how),
         Decision("chat template", state.templates.source, state.templates.reason),
+        *_format_decisions(state),
         Decision(
             "sampling defaults", defaults, "generation_config.json" if info.defaults else "none given by the model"
         ),
     ]
+
+
+def _format_decisions(state: ServerState) -> list[Decision]:
+    """How tool calls and reasoning are taken out of answers."""
+    decisions = []
+    if state.tools is not None:
+        decisions.append(Decision("tool calls", state.tools.format.name, state.tools.reason))
+    if state.marks is not None:
+        decisions.append(Decision("reasoning", f"{state.marks.begin} {state.marks.end}", "marks in the chat template"))
+    return decisions
 
 
 async def _engine_given_up(state: ServerState) -> None:

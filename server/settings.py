@@ -35,6 +35,7 @@ FOREIGN_FLAGS = {
     "--alias": "--served-model-name",
     "--chat-template-file": "--chat-template",
     "--shutdown-timeout": "--drain-seconds",
+    "--tool-call-parser": "--tool-parser",
 }
 
 
@@ -54,6 +55,7 @@ class Settings:
     served_model_name: str | None = _option("model", "name in the API; default: the model's own")
     revision: str | None = _option("model", "branch, tag or commit of a Hugging Face id")
     chat_template: Path | None = _option("model", "Jinja file to use in place of the checkpoint's own template")
+    tool_parser: str | None = _option("model", "format of tool calls; default: found by a probe of the chat template")
     generation_config: str = _option(
         "model", "auto: sampling defaults from generation_config.json; none: OpenAI's", "auto", choices=("auto", "none")
     )

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from server.chat_template import ChatTemplates
     from server.engine_client import EngineClient
     from server.grammar import Grammars
+    from server.reasoning import Marks
     from server.settings import Settings
     from server.tokenizer import Tokenizer
+    from server.tools.choose import ToolSupport
 
 
 @dataclass(kw_only=True)
@@ -37,6 +39,8 @@ class ServerState:
     tokenizer: Tokenizer | None = None
     templates: ChatTemplates | None = None
     grammars: Grammars | None = None  # None after loading: the tokenizer allows no structured output
+    tools: ToolSupport | None = None  # None: no chat template, no tools
+    marks: Marks | None = None  # of reasoning; None: the model does not reason
     info: ModelInfo = field(default_factory=ModelInfo)  # stop ids and default sampling of the model
     draining: bool = False  # after SIGTERM: what runs goes on, nothing new comes in
     keepalive_seconds: float = 10.0  # of silence on a stream before a comment is sent

@@ -14,12 +14,17 @@ from server.admission import check_open
 from server.assemble import Answer, Piece
 from server.auth import guard
 from server.body import parse
+from server.chat_answer import shape
 from server.errors import RequestError
-from server.generate import answer_grammar, check_model, check_together, new_head, open_answer, respond, usage
-from server.schema.chat import ChatRequest, Message
+from server.generate import check_model, check_together, new_head, open_answer, respond, usage
+from server.schema.chat import ChatRequest
+from server.schema.tokenize import TokenizeRequest
 from server.sse import event
 from server.state import ServerState, server_state, trace_of
 from server.token_text import chat_logprobs, prompt_logprobs
+from server.tools import prompt
+from server.tools.reader import CallDelta
+from server.tools.use import shown_tools
 
 router = APIRouter(dependencies=[Depends(guard)])
 
@@ -35,47 +40,83 @@ async def chat_completions(request: Request) -> Response:
     if body.top_logprobs is not None and not body.logprobs:
         message = "`top_logprobs` needs `logprobs`: true."
         raise RequestError(400, code="invalid_value", param="top_logprobs", message=message)
-    grammar = await answer_grammar(state, body)
-    prompt = await render(request, state, body)
+    ids, text = await render(request, state, body)
+    grammar, parser = await shape(state, body, text)
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     answer = await open_answer(
         request,
         body,
-        [prompt],
+        [ids],
         param="messages",
         max_tokens=(name, getattr(body, name)),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,
+        parser=parser,
     )
     chunks = ChatChunks(state, body, answer)
     return await respond(request, answer, bool(body.stream), chunks, chunks.whole)
 
 
-async def render(request: Request, state: ServerState, body: Any) -> list[int]:
-    """Token ids of the messages (of a ChatRequest or TokenizeRequest) in the model's chat template."""
+async def render(request: Request, state: ServerState, body: ChatRequest | TokenizeRequest) -> tuple[list[int], str]:
+    """The messages in the model's chat template: as token ids, and as text."""
     assert state.templates is not None
     assert state.tokenizer is not None
-    messages: list[Message] = body.messages
+    messages = body.messages or []
     go_on = bool(body.continue_final_message)
     if go_on and (body.add_generation_prompt or messages[-1].role != "assistant"):
         message = "It needs an assistant message at the end and no `add_generation_prompt`."
         raise RequestError(400, code="invalid_value", param="continue_final_message", message=message)
-    kwargs = dict(body.chat_template_kwargs or {})
-    if (effort := getattr(body, "reasoning_effort", None)) is not None:
-        kwargs.setdefault("reasoning_effort", effort)
+    shown, tools = await _messages(state, body)
     segments = await state.templates.render(
-        [message.for_template() for message in messages],
+        shown,
+        tools=tools,
         add_generation_prompt=not go_on if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=go_on,
-        kwargs=kwargs,
+        kwargs=_template_kwargs(body),
     )
+    text = "".join(segment.text for segment in segments)
     if state.settings.log_prompts:
-        trace_of(request).prompt_text = "".join(segment.text for segment in segments)
+        trace_of(request).prompt_text = text
     ids = await asyncio.to_thread(state.tokenizer.encode_prompt, segments)
     if body.add_special_tokens:  # on top of what the template wrote; templates that write bos need none
         ids = state.tokenizer.encode("", add_special_tokens=True) + ids
-    return ids
+    return ids, text
+
+
+def _template_kwargs(body: ChatRequest | TokenizeRequest) -> dict[str, Any]:
+    """What the client gives the template; an effort of "none" turns reasoning off under the names templates know."""
+    effort = body.reasoning_effort if isinstance(body, ChatRequest) else None
+    implied: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    if effort == "none":
+        implied |= {"enable_thinking": False, "thinking": False}
+    return implied | (body.chat_template_kwargs or {})
+
+
+async def _messages(
+    state: ServerState, body: ChatRequest | TokenizeRequest
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """(messages, tools) for the template; where it knows no tools, our own prompt explains them in the messages."""
+    support = state.tools
+    messages = [message.for_template(support is not None and support.as_text) for message in body.messages or []]
+    tools = [tool.for_template() for tool in shown_tools(body)] if isinstance(body, ChatRequest) else []
+    if support is None or not support.explained:
+        return messages, tools or None
+    assert state.templates is not None
+    text = await state.templates.explain_tools(tools) if tools else ""
+    return prompt.explain(messages, text), None
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Under DeepSeek's name, which most clients read, and vLLM's."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _call(call: CallDelta) -> dict[str, Any]:
+    """A call, or in a stream a part of one: only the first has id and name."""
+    if call.name is None:
+        return {"function": {"arguments": call.arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 class ChatChunks:
@@ -103,7 +144,7 @@ class ChatChunks:
         for piece in pieces:
             if piece.index not in self._begun:
                 out.append(self._role(piece.index))
-            if piece.logprobs is not None or self._detailed_always:
+            if piece.logprobs is not None or self._detailed_always or piece.calls or piece.reasoning:
                 out.append(self._detailed(piece))
             elif piece.text:
                 out += (self._prefixes[piece.index], orjson.dumps(piece.text), self._suffix)
@@ -127,7 +168,12 @@ class ChatChunks:
         return document
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None, "annotations": []}
+        content = piece.text or (None if piece.calls or piece.reasoning else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+        if piece.reasoning:
+            message |= _reasoning(piece.reasoning)
+        if piece.calls:
+            message["tool_calls"] = [_call(call) for call in piece.calls]
         choice: dict[str, Any] = {"index": piece.index, "message": message, "logprobs": self._logprobs(piece)}
         choice["finish_reason"] = piece.finish
         if piece.stop_reason is not None:
@@ -149,7 +195,12 @@ class ChatChunks:
 
     def _detailed(self, piece: Piece) -> bytes:
         extra = {"token_ids": piece.tokens} if self._body.return_token_ids else {}
-        return self._event(piece.index, {"content": piece.text}, self._logprobs(piece), None, extra)
+        delta: dict[str, Any] = _reasoning(piece.reasoning) if piece.reasoning else {}
+        if piece.text or not (piece.calls or piece.reasoning):
+            delta["content"] = piece.text
+        if piece.calls:
+            delta["tool_calls"] = [{"index": call.index, **_call(call)} for call in piece.calls]
+        return self._event(piece.index, delta, self._logprobs(piece), None, extra)
 
     def _event(
         self,

@@ -42,4 +42,6 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
         "root": state.model_name,
         "parent": None,
         "max_model_len": None if ready is None else ready.max_context,
+        "tool_parser": None if state.tools is None else state.tools.format.name,
+        "reasoning_marks": None if state.marks is None else [state.marks.begin, state.marks.end],
     }

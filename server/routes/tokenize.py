@@ -31,7 +31,7 @@ async def tokenize(request: Request) -> Response:
     body = await parse(request, TokenizeRequest)
     check_model(state, body.model)
     if body.messages is not None:
-        ids = await render(request, state, body)
+        ids, _ = await render(request, state, body)
     else:
         special = body.add_special_tokens is not False
         encode = state.tokenizer.encode

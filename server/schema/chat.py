@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from server.schema.common import INT32, Body, Label, Logprobs, Refused, refuse, tag_of
 from server.schema.generation import COMMON_REFUSED, NOT_HERE, Generation
+from server.schema.tools import Calls, ToolChoice, Tools
 
 MAX_MESSAGES = 8192
 MAX_PARTS = 1024
@@ -22,7 +23,7 @@ RESERVED_KWARGS = {
 }  # fmt: skip
 
 PARTS = "this model takes text only; send parts of type `text`"
-CALLS = "tool calls are not built yet; send the conversation as plain user and assistant messages"
+FUNCTIONS = "functions became `tools`, and function_call became `tool_choice`; send those"
 
 
 class TextPart(Body):
@@ -53,38 +54,40 @@ class Message(Body):
     """One turn. What clients send back of an earlier answer and has no effect is accepted empty."""
 
     refused: ClassVar[dict[str, Refused]] = {
-        "tool_calls": refuse(CALLS, []),
-        "tool_call_id": refuse(CALLS),
-        "function_call": refuse(CALLS),
+        "function_call": refuse(FUNCTIONS),
         "audio": refuse("audio is not supported; send text"),
         "annotations": Refused(lambda value, body: True, ""),
     }
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
+    tool_calls: Calls | None = None
+    tool_call_id: Label | None = None
     name: Label | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_tools(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("role") in ("tool", "function"):
-            raise PydanticCustomError("unsupported_role", CALLS)
-        return data
-
     @model_validator(mode="after")
-    def _has_content(self) -> Message:
+    def _has_what_its_role_needs(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise PydanticCustomError("no_content", "must have `content`")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise PydanticCustomError("no_call_id", 'must have `tool_call_id` if its role is "tool", and only then')
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("no_calls", 'must have `tool_calls` only if its role is "assistant"')
         return self
 
-    def for_template(self) -> dict[str, Any]:
+    def for_template(self, arguments_as_text: bool = False) -> dict[str, Any]:
         """The message as chat templates expect it: content is one string."""
         content = self.content
         text = content if isinstance(content, str) else "\n".join(part.text for part in content or [])
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        extras = {"name": self.name, "reasoning_content": self.reasoning_content or self.reasoning}
+        extras = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content or self.reasoning,
+            "tool_calls": [call.for_template(arguments_as_text) for call in self.tool_calls or []] or None,
+            "tool_call_id": self.tool_call_id,
+        }
         return message | {key: value for key, value in extras.items() if value is not None}
 
 
@@ -109,20 +112,14 @@ class ChatRequest(Generation):
 
     refused: ClassVar[dict[str, Refused]] = {
         **COMMON_REFUSED,
-        "tools": Refused(
-            lambda value, body: not value or body.get("tool_choice") == "none",
-            'tool calls are not built yet; leave it out or send `tool_choice`: "none"',
-        ),
-        "tool_choice": refuse('tool calls are not built yet; leave it out or send "none"', "none", "auto"),
-        "functions": refuse("tool calls are not built yet; leave it out", []),
-        "function_call": refuse('tool calls are not built yet; leave it out or send "none"', "none", "auto"),
+        "functions": refuse(FUNCTIONS, []),
+        "function_call": refuse(FUNCTIONS, "none", "auto"),
         "modalities": refuse('answers are text; leave it out or send ["text"]', ["text"]),
         "audio": refuse("answers are text; leave it out"),
         "prediction": refuse("predicted outputs are not built; leave it out"),
         "moderation": refuse("answers are not moderated; leave it out"),
         "web_search_options": refuse("the server does not search the web; leave it out"),
         "verbosity": refuse("say in the prompt how long the answer should be", "medium"),
-        "include_reasoning": refuse("reasoning is not split off yet; leave it out", True),
         "documents": refuse("put the documents into a message", []),
         "chat_template": refuse("templates are chosen when the server starts (--chat-template FILE); leave it out"),
         "media_io_kwargs": refuse(PARTS, {}),
@@ -137,7 +134,10 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    parallel_tool_calls: bool | None = None  # no effect without tools
+    include_reasoning: bool | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     prompt_cache_options: dict[str, Any] | None = None  # a hint; the prefix cache needs none
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

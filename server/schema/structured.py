@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from server.schema.common import Body, Label, Refused, refuse
 
 MAX_CHOICES = 5000
-MAX_TEXT = 64 * 1024  # characters of a regex, a grammar or one choice; bytes are counted when it is compiled
+MAX_TEXT = 64 * 1024  # characters of a regex, a grammar or one choice
 
 
 def _parsed(value: Any) -> Any:

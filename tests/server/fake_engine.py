@@ -90,9 +90,11 @@ class FakeTemplates:
         *,
         add_generation_prompt: bool,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
         kwargs: dict[str, Any],
     ) -> list[Segment]:
-        self.calls.append({"messages": messages, "add_generation_prompt": add_generation_prompt, **kwargs})
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        self.calls.append(given | ({"tools": tools} if tools else {}) | kwargs)
         segments = []
         for message in messages:
             segments.append(Segment(f"<|im_start|>{message['role']}\n", False))

@@ -157,8 +157,6 @@ def test_no_name_is_both_known_and_refused():
 
 
 UNSUPPORTED = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "guided_json": {},
@@ -211,7 +209,7 @@ async def test_completions_refuses_the_same_fields(http, name):
             "response_format": {"type": "text"},
         },
         {
-            "tools": [{"type": "function"}],
+            "tools": [{"type": "function", "function": {"name": "f"}}],
             "tool_choice": "none",
             "modalities": ["text"],
             "best_of": 1,
@@ -233,12 +231,10 @@ async def test_parts_that_are_not_text_are_refused_by_place(http, kind):
     assert "text" in error["message"]
 
 
-@pytest.mark.parametrize(
-    "message", [{"role": "tool", "content": "a", "tool_call_id": "1"}, {"role": "function", "content": ""}]
-)
-async def test_tool_messages_are_refused_by_place(http, message):
-    error = (await http.post("/v1/chat/completions", json={"messages": [message]})).json()["error"]
-    assert (error["code"], error["param"]) == ("unsupported_parameter", "messages[0]")
+async def test_the_role_of_old_functions_is_refused_by_place(http):
+    answer = await http.post("/v1/chat/completions", json={"messages": [{"role": "function", "content": ""}]})
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", "messages[0].role")
 
 
 async def test_an_answer_can_be_sent_back_as_the_client_got_it(http):

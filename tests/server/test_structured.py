@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -13,7 +14,7 @@ import pytest
 
 from server import grammar
 from server.errors import RequestError
-from server.grammar import Grammars, choice_part, grammar_part, json_part, regex_part
+from server.grammar import Grammars, Part, choice_part, grammar_part, json_part, regex_part
 from server.model_info import ModelInfo
 from server.state import ServerState
 from tests.server.conftest import chat, make_state
@@ -175,14 +176,15 @@ async def test_a_grammar_seen_before_is_not_compiled_again_and_memory_of_it_is_b
     assert len(grammars._checked) == 3
 
 
-async def test_ebnf_is_turned_into_lark_and_an_outer_grammar_goes_around_the_answer(grammars: Grammars):
-    text = await grammars.check(grammar_part('root ::= "a" [0-9]+', "p"), around='start: "<x>" @answer')
-    outer, answer = json.loads(text)["grammars"]
-    assert outer == {"lark_grammar": 'start: "<x>" @answer'}
+async def test_ebnf_is_turned_into_lark_and_one_grammar_may_refer_to_another(grammars: Grammars):
+    outer = Part("p", lark='start: "<x>" @answer')
+    text = await grammars.check(outer, replace(grammar_part('root ::= "a" [0-9]+', "p"), name="answer"))
+    first, answer = json.loads(text)["grammars"]
+    assert first == {"lark_grammar": 'start: "<x>" @answer'}
     assert answer["name"] == "answer"
     assert "::=" not in answer["lark_grammar"]
     for part in (regex_part("a\nb/", "p"), choice_part(["\n", "\\", "/", "ü"], "p")):
-        await grammars.check(part, around="start: @answer")
+        await grammars.check(part)
 
 
 async def test_a_model_without_known_token_texts_says_so(http, engine, state):

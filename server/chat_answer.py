@@ -1,0 +1,65 @@
+"""What the answer to a chat request may be, and how it is taken apart: tools, structured output and reasoning together.
+
+Knows how the three nest: reasoning comes first, then either calls or content. Each of them is another file's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from server import reasoning
+from server.answer_parser import ParserOptions
+from server.generate import grammars_of
+from server.grammar import Part, answer_part
+from server.schema.chat import ChatRequest
+from server.state import ServerState
+from server.tools.use import ToolUse, tool_use
+
+
+async def shape(state: ServerState, body: ChatRequest, prompt: str) -> tuple[str, ParserOptions | None]:
+    """(the grammar, "" for none; what to look for in the text, None for nothing). Raises RequestError."""
+    content = answer_part(body)
+    use = tool_use(body, state.tools, content is not None) if state.tools is not None else None
+    parts = _parts(state, use, content)
+    marks = state.marks
+    inside = marks is not None and _inside(body, prompt, marks)
+    if parts and marks is not None and not reasoning.is_closed(prompt, marks):
+        lark = reasoning.around(marks, inside, _tokens(state, (marks.begin, marks.end)))
+        parts = [Part(parts[0].param, lark=lark), replace(parts[0], name="answer"), *parts[1:]]
+    grammar = await grammars_of(state, parts[0].param).check(*parts) if parts else ""
+    if use is None and marks is None:
+        return grammar, None
+    spellings = (*(use.format.tokens if use else ()), *((marks.begin, marks.end) if marks else ()))
+    options = ParserOptions(
+        marks=marks,
+        inside=inside,
+        show_reasoning=body.include_reasoning is not False,
+        format=use.format if use else None,
+        tools=use.schemas if use else None,
+        one_call=use is not None and not use.several,
+        visible=frozenset(_tokens(state, spellings).values()),
+    )
+    return grammar, options
+
+
+def _parts(state: ServerState, use: ToolUse | None, content: Part | None) -> list[Part]:
+    """The outermost grammar first."""
+    calls = use.part(_tokens(state, use.format.tokens), answer=content is not None) if use else None
+    if calls is None or use is None:
+        return [content] if content is not None else []
+    return [calls] if content is None or use.forced else [calls, replace(content, name="content")]
+
+
+def _inside(body: ChatRequest, prompt: str, marks: reasoning.Marks) -> bool:
+    """Whether the answer goes on with reasoning that the prompt has begun."""
+    if body.continue_final_message:
+        return reasoning.is_open(prompt[prompt.rfind(marks.begin) :], marks)
+    return prompt.rstrip().endswith(marks.begin)
+
+
+def _tokens(state: ServerState, spellings: Sequence[str]) -> dict[str, int]:
+    """Those that are special tokens, with their ids."""
+    assert state.tokenizer is not None
+    special = state.tokenizer.special_spellings
+    return {spelling: special[spelling] for spelling in spellings if spelling in special}

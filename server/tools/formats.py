@@ -1,0 +1,196 @@
+"""The formats of tool calls: how each is recognised, read and, where its arguments are JSON, held to a grammar."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from server.grammar import WHITE_SPACE, literal
+from server.tools import deepseek, hermes, kimi, mistral, plain_json, pythonic, xml
+from server.tools.reader import Reader, Wait
+
+MAX_CALLS = 16  # that a grammar lets through: small models do not stop by themselves
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How calls are written: begin; open, name, middle, arguments, close for each, with between in between; end."""
+
+    open: str
+    middle: str
+    close: str
+    between: str
+    begin: str = ""
+    end: str = ""
+    trigger: str = ""  # with what begin and open start, where free text may come first; "": calls stand alone
+
+    def write(self, calls: Sequence[tuple[str, str]]) -> str:
+        """Calls as (name, JSON of the arguments), as a model writes them."""
+        each = [f"{self.open}{name}{self.middle}{arguments}{self.close}" for name, arguments in calls]
+        return self.begin + self.between.join(each) + self.end
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """One way of writing calls."""
+
+    name: str
+    read: Callable[[Reader], Wait[None]]
+    marks: tuple[str, ...]  # a chat template that writes it contains them all
+    spelling: Spelling | None = None  # None: arguments are not JSON
+    tokens: tuple[str, ...] = ()  # special tokens that are part of it, and so of the text that is parsed
+    short_ids: bool = False  # its template wants ids of nine letters and digits
+
+
+HERMES = ToolFormat(
+    "hermes",
+    hermes.read,
+    ("<tool_call>", '"arguments"'),
+    Spelling('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n", trigger="<tool_call>"),
+    ("<tool_call>", "</tool_call>"),
+)
+FORMATS = (
+    ToolFormat("qwen3_coder", xml.reader_of(xml.QWEN_CODER), ("<function=", "<parameter="), None, HERMES.tokens),
+    ToolFormat(
+        "glm45",
+        xml.reader_of(xml.GLM),
+        ("<arg_key>", "<arg_value>"),
+        None,
+        (*HERMES.tokens, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    ),
+    ToolFormat(
+        "minimax_m2",
+        xml.reader_of(xml.MINIMAX),
+        ("<minimax:tool_call>",),
+        None,
+        ("<minimax:tool_call>", "</minimax:tool_call>"),
+    ),
+    ToolFormat(
+        "deepseek_v3",
+        deepseek.read,
+        (deepseek.BEGIN, "```json"),
+        Spelling(
+            f"{deepseek.CALL}function<｜tool▁sep｜>",
+            "\n```json\n",
+            f"\n```{deepseek.CALL_END}",
+            "\n",
+            deepseek.BEGIN,
+            deepseek.END,
+            deepseek.BEGIN,
+        ),
+        (deepseek.BEGIN, deepseek.END, deepseek.CALL, deepseek.CALL_END, "<｜tool▁sep｜>"),
+    ),
+    ToolFormat(
+        "deepseek_v31",
+        deepseek.read,
+        (deepseek.BEGIN,),
+        Spelling(deepseek.CALL, "<｜tool▁sep｜>", deepseek.CALL_END, "", deepseek.BEGIN, deepseek.END, deepseek.BEGIN),
+        (deepseek.BEGIN, deepseek.END, deepseek.CALL, deepseek.CALL_END, "<｜tool▁sep｜>"),
+    ),
+    ToolFormat(
+        "kimi_k2",
+        kimi.read,
+        (kimi.BEGIN,),
+        Spelling(
+            f"{kimi.CALL}functions.",
+            ":0<|tool_call_argument_begin|>",
+            kimi.CALL_END,
+            "",
+            kimi.BEGIN,
+            kimi.END,
+            kimi.BEGIN,
+        ),
+        (kimi.BEGIN, kimi.END, kimi.CALL, kimi.CALL_END, "<|tool_call_argument_begin|>"),
+    ),
+    ToolFormat(
+        "mistral",
+        mistral.read,
+        ("[TOOL_CALLS]", "[ARGS]"),
+        Spelling("[TOOL_CALLS]", "[ARGS]", "", "", trigger="[TOOL_CALLS]"),
+        ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+        short_ids=True,
+    ),
+    ToolFormat(
+        "mistral_v3",
+        mistral.read,
+        ("[TOOL_CALLS]",),
+        Spelling('{"name": "', '", "arguments": ', "}", ", ", "[TOOL_CALLS] [", "]", "[TOOL_CALLS]"),
+        ("[TOOL_CALLS]",),
+        short_ids=True,
+    ),
+    HERMES,
+    ToolFormat("pythonic", pythonic.read, ("[func_name1(", "]"), None, ("<|python_start|>", "<|python_end|>")),
+    ToolFormat(
+        "llama3_json",
+        plain_json.read,
+        ('{"name": ', '"parameters": '),
+        Spelling('{"name": "', '", "parameters": ', "}", "; "),
+        ("<|python_tag|>",),
+    ),
+    ToolFormat("json", plain_json.read, (), Spelling('{"name": "', '", "arguments": ', "}", "\n")),
+)
+NAMES = tuple(format.name for format in FORMATS)
+
+
+def of_name(name: str) -> ToolFormat:
+    """The format of one of NAMES."""
+    return next(format for format in FORMATS if format.name == name)
+
+
+def calls_grammar(
+    spelling: Spelling,
+    tools: Mapping[str, Mapping[str, Any]],
+    *,
+    forced: bool,
+    several: bool,
+    tokens: Mapping[str, int],
+    other: str = "",
+) -> str:
+    """Lark for calls of these tools with arguments that fit their schemas.
+
+    forced: nothing but calls; else `other` may stand in place of them, or if that is "", any text in place of them or
+    before them. tokens: the model's special tokens, which a grammar names by id.
+    """
+    text, names = _speller(tokens), list(tools)
+    more = f" ({text(spelling.between)} call){{0,{MAX_CALLS - 1}}}" if several else ""
+    lines = [f"calls: {text(spelling.begin)} call{more} {text(spelling.end)}"]
+    if forced or other:
+        lines.insert(0, "start: calls" if forced else f"start: {other} | calls")
+    elif spelling.trigger:
+        rest = f"{spelling.begin}{spelling.open}".removeprefix(spelling.trigger)
+        lines = [
+            "start: TEXT | lead rest",
+            _lead(spelling.trigger, tokens),
+            f"rest: {text(rest)} named{more} {text(spelling.end)}",
+            "TEXT: /(.|\\n)*/",
+        ]
+    else:
+        lines = ["start: OTHER | calls", *lines, "OTHER: /([^{\\[`<\\s](.|\\n)*)?/"]
+    lines.append(f"call: {text(spelling.open)} named")
+    lines.append("named: " + " | ".join(f"named_{i}" for i in range(len(names))))
+    for i, name in enumerate(names):
+        schema = {"type": "object", **tools[name], "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
+        lines.append(f"named_{i}: {literal(name)} {text(spelling.middle)} arguments_{i} {text(spelling.close)}")
+        lines.append(f"arguments_{i}: %json {orjson.dumps(schema).decode()}")
+    return "\n".join(lines) + "\n"
+
+
+def _lead(trigger: str, tokens: Mapping[str, int]) -> str:
+    if trigger in tokens:
+        return f"lead: TEXT <[{tokens[trigger]}]>"
+    return f"lead[lazy]: TEXT {literal(trigger)}"
+
+
+def _speller(tokens: Mapping[str, int]) -> Callable[[str], str]:
+    """Text as Lark, in which special tokens are named by their ids."""
+    pattern = re.compile("(" + "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) + ")")
+
+    def spell(text: str) -> str:
+        parts = pattern.split(text) if tokens else [text]
+        return " ".join(f"<[{tokens[part]}]>" if part in tokens else literal(part) for part in parts if part)
+
+    return spell

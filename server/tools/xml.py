@@ -1,0 +1,142 @@
+"""Calls whose arguments are tags: Qwen3-Coder's, GLM-4.5's and MiniMax M2's.
+
+A value's text says nothing of its type, so the tool's schema decides: what is declared a string stays text, everything
+else is read as JSON where it is JSON.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from server.tools.reader import MAX_WHOLE, Broken, Reader, Wait, blanks, head, literal, until
+
+
+@dataclass(frozen=True)
+class Tags:
+    """How one family writes a call."""
+
+    begin: str
+    name: re.Pattern[str]  # group 1
+    key: re.Pattern[str]  # group 1; up to the start of the value
+    value_end: str
+    call_end: tuple[str, ...]  # any of them after the last value
+    end: str  # after the last call of a section
+    one_call: bool  # in each section
+
+
+QWEN_CODER = Tags(
+    "<tool_call>",
+    re.compile(r"\s*<function=([^>\s]+)>"),
+    re.compile(r"\s*<parameter=([^>\s]+)>"),
+    "</parameter>",
+    ("</function>",),
+    "</tool_call>",
+    one_call=True,
+)
+GLM = Tags(
+    "<tool_call>",
+    re.compile(r"\s*([\w.\-]+)(?=\s*<(?:arg_key>|/tool_call>))"),
+    re.compile(r"\s*<arg_key>\s*([^<]+?)\s*</arg_key>\s*<arg_value>"),
+    "</arg_value>",
+    (),
+    "</tool_call>",
+    one_call=True,
+)
+MINIMAX = Tags(
+    "<minimax:tool_call>",
+    re.compile(r"""\s*<invoke name="?([^>"\s]+)"?>"""),
+    re.compile(r"""\s*<parameter name="?([^>"\s]+)"?>"""),
+    "</parameter>",
+    ("</invoke>",),
+    "</minimax:tool_call>",
+    one_call=False,
+)
+
+
+def reader_of(tags: Tags) -> Callable[[Reader], Wait[None]]:
+    """The parser for one family."""
+
+    def read(r: Reader) -> Wait[None]:
+        while (yield from until(r, tags.begin)) is not None:
+            try:
+                yield from _call(r, tags)
+                while not tags.one_call and not (yield from literal(r, tags.end)):
+                    yield from _call(r, tags)
+                if tags.one_call:
+                    yield from literal(r, tags.end)
+                r.settle()
+            except Broken:
+                r.unread()
+
+    return read
+
+
+def _call(r: Reader, tags: Tags) -> Wait[None]:
+    """One call; its arguments go out value by value. Raises Broken."""
+    name = (yield from head(r, tags.name))[1]
+    r.begin(name)
+    properties = r.tools[name].get("properties")
+    schemas: dict[str, Any] = properties if isinstance(properties, dict) else {}
+    separator = "{"
+    try:
+        while not (yield from _at_end(r, tags)):
+            key = (yield from head(r, tags.key))[1]
+            text = yield from _value(r, tags.value_end)
+            r.add(f"{separator}{_json(key)}: {_typed(text, schemas.get(key))}")
+            r.settle()
+            separator = ", "
+    finally:
+        r.add("{}" if separator == "{" else "}")
+    r.settle()
+
+
+def _at_end(r: Reader, tags: Tags) -> Wait[bool]:
+    if tags.call_end:
+        return bool((yield from literal(r, *tags.call_end)))
+    yield from blanks(r)
+    while not r.ended and tags.end.startswith(r.text[r.at :]) and len(r.text) - r.at < len(tags.end):
+        yield
+    return r.text.startswith(tags.end, r.at)
+
+
+def _value(r: Reader, end: str) -> Wait[str]:
+    """The text up to `end`, which is dropped too. Raises Broken."""
+    parts: list[str] = []
+    room = MAX_WHOLE
+    while True:
+        at = r.text.find(end, r.at)
+        stop = at if at >= 0 else max(r.at, len(r.text) - (0 if r.ended else len(end) - 1))
+        broken = stop - r.at > room
+        stop = min(stop, r.at + room)
+        room -= stop - r.at
+        parts.append(r.text[r.at : stop])
+        r.drop(stop)
+        if broken:
+            raise Broken
+        if at >= 0:
+            r.drop(r.at + len(end))
+            return "".join(parts)
+        if r.ended:
+            raise Broken
+        yield
+
+
+def _typed(text: str, schema: Any) -> str:
+    """A value as JSON; a line break on either side belongs to the tags."""
+    text = text.removeprefix("\n").removesuffix("\n")
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    if kind == "string" or (isinstance(kind, list) and "string" in kind and text.strip() != "null"):
+        return _json(text)
+    try:
+        return _json(orjson.loads(text))
+    except orjson.JSONDecodeError:
+        return _json({"True": True, "False": False, "None": None}.get(text.strip(), text))
+
+
+def _json(value: Any) -> str:
+    return orjson.dumps(value).decode()
