@@ -48,15 +48,9 @@ class Detokenizer:
         self._window: list[int] = []
         self._shown = 0  # ids of the window whose text is out
         self._shown_text = ""
-<<<<<<< HEAD
         self._byte_level = byte_level
-        visible = (id for id in reversed(prompt_ids) if self._has_text(id))
-        if before := [*islice(visible, CONTEXT)][::-1]:
-=======
-        self._push = self._push_window if self._table is None else self._push_bytes if byte_level else self._push_pieces
         shown = (id for id in reversed(prompt_ids) if self._has_text(id))
         if before := [*islice(shown, CONTEXT)][::-1]:
->>>>>>> 74cf787 (Read tool calls and reasoning out of answers, hold calls to their schemas)
             self._push(before)
             self._strip = 0
             if self._shown < len(self._window):
