@@ -87,7 +87,7 @@ class Client:
         port = parts.port or (443 if secure else 80)
         try:
             _, exchange = await asyncio.get_running_loop().create_connection(
-                lambda: _Exchange(wire, reply), parts.hostname, port, ssl=secure
+                lambda: _Exchange(wire, reply), parts.hostname or "", port, ssl=secure
             )
         except OSError as error:
             reply.ended, reply.error = time.perf_counter(), f"{type(error).__name__}: {error}"

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def least(
-    candidates: dict[str, Callable[[], object]],
+    candidates: Mapping[str, Callable[[], object]],
     seconds: float = 0.4,
     turns: int = 3,
     wait: Callable[[], object] = lambda: None,
@@ -118,8 +119,8 @@ def measure(device: str, dtype: str, shape: tuple[int, int], threads: int) -> Ra
         forms = {"torch": pack(weight, "torch"), "torch float32": pack(weight.float(), "torch")}
         if weight.dtype in DTYPES:
             forms["ours"] = pack(weight, "numba")
-        calls = {name: lambda form=form: linear(x, form) for name, form in forms.items()}
-        seconds = min(least(calls, 0.6, turns=2).values())  # type: ignore[arg-type]
+        calls = {name: partial(linear, x, form) for name, form in forms.items()}
+        seconds = min(least(calls, 0.6, turns=2).values())
     finally:
         torch.set_num_threads(before)
     return Rates(read, 2.0 * GEMM_ROWS * n * k / seconds)
@@ -157,7 +158,7 @@ class Sizes:
         head = config.vocab_size * config.hidden_size
         matrices = sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
         experts = sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name)
-        is_mixture = isinstance(config, MixtureConfig)
+        share = config.routing.top_k / config.num_experts if isinstance(config, MixtureConfig) else 0.0
         beside = head if config.tie_word_embeddings else 2 * head  # the embedding, of which single rows are read
         return Sizes(
             layer_weights=matrices - beside - experts,
@@ -166,7 +167,7 @@ class Sizes:
             query_size=config.num_heads * config.head_dim,
             windows=config.windows,
             expert_weights=experts,
-            expert_share=config.routing.top_k / config.num_experts if is_mixture else 0.0,
+            expert_share=share,
         )
 
     def step(self, sequences: Iterable[tuple[int, int]], rows: int, item: int) -> Work:

@@ -116,7 +116,7 @@ def steps_table(num_steps: int) -> None:
     step_time = STEP_TIMES["null-h100-8b"]
     assert step_time is not None
     for batch in BATCHES:
-        options = {"max_sequences": batch, "max_batch_tokens": max(8192, batch), "max_context": 2048}
+        options: dict[str, Any] = {"max_sequences": batch, "max_batch_tokens": max(8192, batch), "max_context": 2048}
         engine, paced = null_engine(**options), null_engine("null-h100-8b", **options)
         decoding(engine, batch, 1500)
         host = statistics.median(times_of(engine, num_steps))
@@ -164,7 +164,9 @@ def timed_requests(
 
 def drive(engine: Engine, requests: Iterator[tuple[float, Submit]], count: int, concurrency: int) -> Run:
     """Feed `count` requests at their times, at most `concurrency` at once, until all are answered."""
-    run, open_since, started = Run(np.full(count, np.nan), np.full(count, np.nan)), {}, set()
+    run = Run(np.full(count, np.nan), np.full(count, np.nan))
+    open_since: dict[int, float] = {}
+    started: set[int] = set()
     pending = islice(requests, count)
     following = next(pending, None)
     begin = time.perf_counter()

@@ -16,7 +16,9 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from kernels import cpu, definitions
 from kernels.cpu import threads
 from kernels.cpu.norm import FORM as NORM_FORM
 from kernels.cpu.norm import task as norm_task
-from kernels.linear import linear, pack
+from kernels.linear import PackedLinear, linear, pack
 
 Candidates = dict[str, Callable[[], object]]
 COLD_BYTES = 100 << 20  # weights that take turns, so that each is read from memory
@@ -67,7 +69,7 @@ def time_linear() -> None:
         forms = {name: weights(n, k, dtype, form) for name, (form, dtype) in LINEAR_FORMS.items()}
         for rows in ROWS:
             x = torch.randn(rows, k)
-            calls = {name: in_turn([lambda p=p, x=x: linear(x, p) for p in packed]) for name, packed in forms.items()}
+            calls = {name: in_turn([partial(linear, x, p) for p in packed]) for name, packed in forms.items()}
             best = least(calls)
             cells = [cell(seconds, forms[name][0].data.nbytes, 2.0 * rows * n * k) for name, seconds in best.items()]
             ratio = min(best["torch bf16"], best["torch float32"]) / best["ours bf16"]
@@ -83,7 +85,7 @@ LINEAR_FORMS = {
 }
 
 
-def weights(n: int, k: int, dtype: torch.dtype, form: str) -> list:
+def weights(n: int, k: int, dtype: torch.dtype, form: str) -> list[PackedLinear]:
     """As many packed matrices as do not fit the caches."""
     count = max(2, COLD_BYTES // (n * k * dtype.itemsize))
     return [pack(torch.randn(n, k).to(dtype), form) for _ in range(count)]
@@ -127,27 +129,29 @@ def attention(heads: int, kv: int, e: int, sequences: int, new: int, length: int
     return {"ours": ours, "torch": torchs}
 
 
+def layer_calls(x: Tensor, w: Tensor, gate: Tensor) -> dict[str, Callable[[Any], object]]:
+    """The small operations of a layer, to be called with one set of kernels or another."""
+    return {
+        "rms_norm 896": lambda kernels: kernels.rms_norm(x, w, 1e-6),
+        "add_rms_norm 896": lambda kernels: kernels.add_rms_norm(x, x.clone(), w, 1e-6),
+        "gated silu 4864": lambda kernels: kernels.activation(gate),
+    }
+
+
 def time_others() -> None:
     say("\nthe others, microseconds: ours, definition")
     plain, compiled = definitions(), cpu
     for rows in (1, 8, 32, 512):
-        x, w, gate = torch.randn(rows, 896), torch.randn(896), torch.randn(rows, 2 * 4864)
-        calls = {
-            "rms_norm 896": lambda k, x=x, w=w: k.rms_norm(x, w, 1e-6),
-            "add_rms_norm 896": lambda k, x=x, w=w: k.add_rms_norm(x, x.clone(), w, 1e-6),
-            "gated silu 4864": lambda k, gate=gate: k.activation(gate),
-        }
-        for name, call in calls.items():
-            best = least({"ours": lambda c=call: c(compiled), "definition": lambda c=call: c(plain)}, 0.2)
+        for name, call in layer_calls(torch.randn(rows, 896), torch.randn(896), torch.randn(rows, 2 * 4864)).items():
+            best = least({"ours": partial(call, compiled), "definition": partial(call, plain)}, 0.2)
             say(f"{name:>20} {rows:>3} rows | " + " | ".join(f"{n} {s * 1e6:9.1f}" for n, s in best.items()))
     for rows in (1, 8, 32):
         for label, k, p in (("plain", 0, 1.0), ("top-k 40", 40, 1.0), ("top-p 0.95", 0, 0.95), ("both", 40, 0.95)):
             logits, uniform = torch.randn(rows, 151936) * 3, torch.rand(rows, dtype=torch.float64)
             full = [torch.full((rows,), value) for value in (0.8, p, 0.0)]
             arguments = (logits, full[0], torch.full((rows,), k, dtype=torch.int32), full[1], full[2], uniform)
-            best = least(
-                {"ours": lambda a=arguments: cpu.sample(*a), "definition": lambda a=arguments: plain.sample(*a)}, 0.2, 2
-            )
+            calls = {"ours": partial(cpu.sample, *arguments), "definition": partial(plain.sample, *arguments)}
+            best = least(calls, 0.2, 2)
             name = f"sample 151936 {label}"
             say(f"{name:>24} {rows:>2} | " + " | ".join(f"{n} {s * 1e6:9.1f}" for n, s in best.items()))
     for pause in (0.0, 20e-6, 500e-6):

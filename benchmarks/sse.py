@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -148,8 +149,8 @@ async def start_other(
     (token,) = tokenizer.encode(TOKEN, add_special_tokens=False)
     arguments = map(str, (theirs.fileno(), port, token, num_streams, ahead))
     command = [sys.executable, __file__, "--play", *arguments]
-    pipes = {"pass_fds": [theirs.fileno()], "stdout": subprocess.PIPE, "text": True}
-    other = await asyncio.to_thread(subprocess.Popen, command, **pipes)
+    start = partial(subprocess.Popen[str], command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True)
+    other = await asyncio.to_thread(start)
     theirs.close()
     while client.stats.steps < 50:
         assert other.poll() is None, "the engine and the clients gave up"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import statistics
 from itertools import islice
 
@@ -14,6 +15,7 @@ from benchmarks.host import SHORT, drive, growth, null_engine, tenths, timed_req
 from benchmarks.soak import soak_server
 from benchmarks.workload import TRACES, Lengths
 from engine.messages import BLOCK_SIZE
+from engine.null import StepTime
 from engine.scheduler import Scheduler
 
 
@@ -111,3 +113,22 @@ def test_a_soak_of_the_whole_server_reports_both_processes(
     assert "API process" in lines[2]
     assert "engine process" in lines[3]
     assert "first tenth" in lines[4]
+
+
+def test_the_tables_hold_each_batch_and_what_the_gpu_would_wait(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host, "spare_the_collector", lambda: None)
+    monkeypatch.setattr(host, "BATCHES", (1, 3))
+    monkeypatch.setattr(host, "MODEL", host.MODEL.parent / "tiny")
+    monkeypatch.setitem(host.STEP_TIMES, "null-h100-8b", StepTime(2e-3, 1e-5, 0.0))
+    host.steps_table(8)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert [row[0] for row in rows] == ["1", "3"]
+    for row in rows:
+        gpu, _, paced, idle = row[-4:]
+        assert float(gpu) == 2.0
+        assert float(paced) >= float(gpu)
+        assert float(idle.rstrip("%")) == pytest.approx(100 * (1 - float(gpu) / float(paced)), abs=1)
+    host.trace_report("alpaca", 5, 200.0, 1.0)
+    assert re.search(r"5 requests, \d+ tokens .* the GPU would compute \d+% of the time", capsys.readouterr().out)
