@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError
 from engine.model_config import ModelConfig, read_model_config
-from engine.models import model_class
+from engine.models import TEXT_PARTS, model_class
 from engine.quantization import Scheme, Stored, find_schemes
 from engine.tensor_file import WEIGHT_DTYPES, TensorInfo, printable, read_header, read_json, read_tensor
 
@@ -32,8 +32,7 @@ MAX_CONFIG_BYTES = 4_000_000
 MAX_INDEX_BYTES = 50_000_000
 MAX_FAULTS_SHOWN = 4
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-HARMLESS = (".rotary_emb.inv_freq",)  # buffers that older transformers saved; we compute them
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,10 @@ def _open(path: Path, *, is_dummy: bool) -> Checkpoint:
 
         tensors = dummy_tensors(model_config)
         return Checkpoint(path, config, generation_config, model_config, tensors, (*notes, NOTE), is_dummy=True)
-    scheme_of = find_schemes(config)
-    return Checkpoint(path, config, generation_config, model_config, _read_headers(path), notes, scheme_of)
+    if config["architectures"][0] in TEXT_PARTS:
+        notes = (*notes, "Only the model's text part is served; it sees no images.")
+    tensors = _named(_read_headers(path), config["architectures"][0] in TEXT_PARTS, model_config.architecture)
+    return Checkpoint(path, config, generation_config, model_config, tensors, notes, find_schemes(config))
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,11 @@ def _settle_head(checkpoint: Checkpoint) -> ModelConfig:
     absent is tied, unless config.json says that it is not.
     """
     config, tensors = checkpoint.model_config, checkpoint.tensors
-    tied = config.tie_word_embeddings
+    tied, embedding = config.tie_word_embeddings, f"{model_class(config.architecture).EMBEDDING}.weight"
     if HEAD not in tensors and not config.ties_explicitly:
         tied = True
-    elif tied and HEAD in tensors and EMBEDDING in tensors:
-        tied = _same(tensors[HEAD], tensors[EMBEDDING])
+    elif tied and HEAD in tensors and embedding in tensors:
+        tied = _same(tensors[HEAD], tensors[embedding])
     return replace(config, tie_word_embeddings=tied)
 
 
@@ -229,7 +230,7 @@ def _check_tensors(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], q
             faults.append(f"misshapen: {name}: expected {list(shape)}, found {list(found.shape)}")
         elif found.dtype not in allowed:
             faults.append(f"unsupported type: {name}: expected {', '.join(allowed)}, found {found.dtype}")
-    extras = [name for name in checkpoint.tensors if name not in shapes and not name.endswith(HARMLESS)]
+    extras = [name for name in checkpoint.tensors if name not in shapes]
     faults += [f"unexpected: {printable(name)}" for name in extras if not (tied and name == HEAD)]
     if faults:
         shown = faults[:MAX_FAULTS_SHOWN]
@@ -262,6 +263,26 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
             f"{index}: {len(absent):,} tensors are not in the files it names: {printable(absent[0])}, ..."
         )
     return tensors
+
+
+def _named(tensors: dict[str, TensorInfo], has_other_parts: bool, architecture: str) -> dict[str, TensorInfo]:
+    """Under the names that the family's layers ask for, without what is not theirs.
+
+    The text part of a model that also sees has its tensors under `language_model.`, the prefix or a part of it.
+    """
+    family = model_class(architecture)
+    found: dict[str, TensorInfo] = {}
+    for in_file, info in tensors.items():
+        if has_other_parts and not in_file.startswith(("language_model.", "model.language_model.", "lm_head.")):
+            continue
+        text = in_file.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
+        name = family.stored_name(text if has_other_parts else in_file)
+        if name is None:
+            continue
+        if name in found:
+            raise CheckpointError(f"Tensor {printable(name)} is in the files twice, under different names.")
+        found[name] = info
+    return found
 
 
 def _inside(folder: Path, name: str) -> Path:

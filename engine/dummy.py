@@ -41,7 +41,8 @@ def draw(name: str, out: Tensor) -> None:
     """Fill `out`: norms with ones, the rest from N(0, DEVIATION^2). On one device, a function of name and shape."""
     import torch
 
-    if "norm" in name.rsplit(".", 2)[-2]:
+    layer = name.rsplit(".", 2)[-2]
+    if "norm" in layer or layer.startswith("ln_"):
         out.fill_(1.0)
     else:
         generator = torch.Generator(out.device).manual_seed(zlib.crc32(name.encode()))

@@ -13,12 +13,12 @@ from typing import Any
 
 from engine.config_fields import Fields
 from engine.errors import CheckpointError
-from engine.models import check_architecture, model_class
+from engine.models import TEXT_PARTS, check_architecture, model_class
 from engine.rope_config import MAX_POSITIONS, Rope, read_rope
 
 DTYPES = ("float32", "float16", "bfloat16")
 SILU = {"silu": "silu", "swish": "silu"}  # config.json's names -> kernels/activation.py's
-GELU_TANH = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+GELU_TANH = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}  # the default first
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = (FULL, SLIDING)
 
@@ -38,10 +38,16 @@ class ModelConfig:
     max_position_embeddings: int
     context_length: int  # positions the model is made for, rope scaling included
     norm_eps: float
+    norm: str = "rms"  # as engine/layers/norm.py names it
     activation: str = "silu"  # as kernels/activation.py names it
     ropes: tuple[Rope | None, ...]  # per layer; None: positions do not turn this layer's heads
     windows: tuple[int, ...]  # per layer: how many positions a token sees, itself included; 0 is all
     attention_scale: float  # of q k^T
+    attention_soft_cap: float = 0.0  # scores become cap * tanh(score / cap); 0 is none
+    embedding_scale: float = 1.0  # of what enters the first layer
+    residual_scale: float = 1.0  # of what a layer's two parts add to the residual stream
+    logits_scale: float = 1.0
+    logits_soft_cap: float = 0.0  # after the scale; 0 is none
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -53,6 +59,7 @@ class ModelConfig:
 
 def read_model_config(config: dict[str, Any], generation_config: dict[str, Any] | None = None) -> ModelConfig:
     """The model that a config.json describes. CheckpointError names the field, what it holds and what is expected."""
+    config = _text_part(config)
     architecture = _architecture(config)
     family = model_class(architecture)
     fields = Fields(family.ABSENT | config)
@@ -112,6 +119,11 @@ def read_decoder(
     )
 
 
+def read_soft_cap(fields: Fields, name: str) -> float:
+    """0 where there is none."""
+    return fields.number(name, 1e-3, 1e6) if fields.has(name) else 0.0
+
+
 def read_window(fields: Fields) -> int:
     """`sliding_window`; 0 where there is none."""
     return fields.integer("sliding_window", 1, 2**31 - 1) if fields.has("sliding_window") else 0
@@ -132,6 +144,17 @@ def windows_by_type(types: Sequence[str], window: int) -> tuple[int, ...]:
 def every(period: int, num_layers: int) -> tuple[str, ...]:
     """Sliding attention, and full attention in every period-th layer."""
     return tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(num_layers))
+
+
+def _text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The text model's config where it is a part of another's, which then also says what ends and what is tied."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or names[0] not in tuple(TEXT_PARTS):
+        return config
+    text, known = Fields(config).object("text_config"), TEXT_PARTS[names[0]]
+    kind = Fields(text, "config.json: text_config").choice("model_type", tuple(known))
+    outer = {key: value for key, value in config.items() if key != "text_config" and value is not None}
+    return text | outer | {"architectures": [known[kind]]}
 
 
 def _architecture(config: dict[str, Any]) -> str:

@@ -34,6 +34,8 @@ class Rope:
     truncate: bool = True  # yarn: whole dimensions bound the ramp
     short_factors: tuple[float, ...] = ()  # longrope: rotary / 2 divisors of the frequencies within original_window
     long_factors: tuple[float, ...] = ()  # longrope: beyond it
+    interleaved: bool = False  # a feature is turned with its neighbour, not with the one rotary / 2 further
+    q_scale_beta: float = 0.0  # Llama 4, Ministral 3: q at p is scaled by 1 + beta log(1 + floor(p / original_window))
 
     def context_length(self, max_positions: int) -> int:
         """Positions the model is made for, scaling included."""

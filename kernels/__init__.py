@@ -25,6 +25,7 @@ class Kernels:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # kernels/norm.py
     layer_norm: Callable[..., Tensor]  # kernels/norm.py
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]  # kernels/norm.py
+    add: Callable[..., Tensor]  # kernels/norm.py
     activation: Callable[..., Tensor]  # kernels/activation.py
     route: Callable[..., tuple[Tensor, Tensor]]  # kernels/route.py
     experts: Callable[..., Tensor]  # kernels/experts.py
@@ -38,6 +39,7 @@ OPERATIONS = (
     "add_rms_norm",
     "layer_norm",
     "add_layer_norm",
+    "add",
     "activation",
     "route",
     "experts",
@@ -74,6 +76,7 @@ def definitions() -> Kernels:
         add_rms_norm=norm.add_rms_norm,
         layer_norm=norm.layer_norm,
         add_layer_norm=norm.add_layer_norm,
+        add=norm.add,
         activation=activation.activation,
         route=route.route,
         experts=experts.experts,
@@ -93,6 +96,7 @@ def _triton() -> Kernels:
         add_rms_norm=norm.add_rms_norm_triton,
         layer_norm=norm.layer_norm_triton,
         add_layer_norm=norm.add_layer_norm_triton,
+        add=norm.add,  # torch's own is as fast as memory
         activation=activation.activation_triton,
         route=route.route_triton,
         experts=experts.experts_triton,
@@ -111,6 +115,7 @@ def _cpu() -> Kernels:
         add_rms_norm=cpu.add_rms_norm,
         layer_norm=cpu.layer_norm,
         add_layer_norm=cpu.add_layer_norm,
+        add=cpu.add,
         activation=cpu.activation,
         route=cpu.route,
         experts=cpu.experts,

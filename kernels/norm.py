@@ -43,10 +43,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float, x_scale: fl
     return rms_norm(total, w, eps), total
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(layer_norm(r), r) with r = residual + x in float32, rounded. Other forms may write r over `residual`."""
-    total = _sum(x, residual, 1.0)
+def add_layer_norm(
+    x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps: float, x_scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(r), r) with r = residual + x * x_scale in float32, rounded; else as add_rms_norm."""
+    total = _sum(x, residual, x_scale)
     return layer_norm(total, w, b, eps), total
+
+
+def add(x: Tensor, residual: Tensor) -> Tensor:
+    """residual + x, rounded. Other forms may write it over `residual`."""
+    return residual + x
 
 
 def _sum(x: Tensor, residual: Tensor, x_scale: float) -> Tensor:
@@ -122,10 +129,10 @@ def add_rms_norm_triton(
 
 
 def add_layer_norm_triton(
-    x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps: float
+    x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps: float, x_scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """add_layer_norm on a GPU; writes the sum over `residual`, which must be contiguous."""
-    return _launch(x, residual, w, b, eps, centre=True), residual
+    return _launch(x, residual, w, b, eps, centre=True, x_scale=x_scale), residual
 
 
 def _launch(

@@ -220,6 +220,11 @@ def _check_add_layer_norm(kernels: Kernels, sizes: Sizes, generator: torch.Gener
     return list(zip(kernels.add_layer_norm(x, residual.clone(), w, b, 1e-5), want, strict=True))
 
 
+def _check_add(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    x, residual = _random(generator, sizes, 19, sizes.hidden), _random(generator, sizes, 19, sizes.hidden)
+    return [(kernels.add(x, residual.clone()), definitions().add(x.double(), residual.double()))]
+
+
 def _check_activation(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
     x = _random(generator, sizes, 19, 2 * sizes.intermediate)
     variants = [(kind, gated) for kind in KINDS for gated in (True, False)]
@@ -303,6 +308,7 @@ CHECKS: dict[str, Callable[[Kernels, Sizes, torch.Generator], list[Pair]]] = {
     "add_rms_norm": _check_add_rms_norm,
     "layer_norm": _check_layer_norm,
     "add_layer_norm": _check_add_layer_norm,
+    "add": _check_add,
     "activation": _check_activation,
     "route": _check_route,
     "experts": _check_experts,

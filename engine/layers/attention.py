@@ -24,6 +24,7 @@ class PagedAttention:
     rope: RotaryTable
     scale: float  # of q k^T
     window: int = 0  # positions a token sees, itself included; 0 is all
+    soft_cap: float = 0.0  # of the scores; 0 is none
 
     def __call__(
         self,
@@ -36,8 +37,18 @@ class PagedAttention:
     ) -> Tensor:
         """[T, H, E]. q is rotated in place; rotated K and V go to the batch's slots before anything is read."""
         k_cache, v_cache = cache
+        rope = self.rope
         self.kernels.rope_kv(
-            q_THE, k_TKE, v_TKE, self.rope.cos_sin, batch.positions, batch.slot_mapping, k_cache, v_cache
+            q_THE,
+            k_TKE,
+            v_TKE,
+            rope.cos_sin,
+            batch.positions,
+            batch.slot_mapping,
+            k_cache,
+            v_cache,
+            interleaved=rope.rope is not None and rope.rope.interleaved,
+            q_scale=rope.q_scale,
         )
         return self.kernels.paged_attention(
             q_THE,
@@ -51,4 +62,5 @@ class PagedAttention:
             scale=self.scale,
             window=self.window,
             sinks=sinks_H,
+            soft_cap=self.soft_cap,
         )

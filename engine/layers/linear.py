@@ -6,11 +6,12 @@ Knows the packed forms that the kernels made of the weight; does not know what t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from engine.errors import CheckpointError
 from engine.layers.placement import Placement, Read
 from engine.quantization import Scheme, Stored
 from kernels.linear import AnyPacked, linear, pack
@@ -101,3 +102,19 @@ def _pack(weight: Quantized | Tensor, place: Placement) -> AnyPacked:
     if place.packs_quantized:
         return pack_quantized(weight, "numba")
     return pack(dequantize(weight).to(place.device, place.dtype), place.linear_form)
+
+
+@dataclass(slots=True)
+class Conv1D(Linear):
+    """GPT-2's: the checkpoint stores the weight as [K, N]."""
+
+    def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> None:
+        quantised = [part for part in self.parts if scheme_of(part) is not None]
+        if quantised:
+            raise CheckpointError(f"{quantised[0]} is quantised; GPT-2's transposed weights must be unquantised.")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape[::-1] for name, shape in Linear.shapes(self).items()}
+
+    def load(self, read: Read, place: Placement) -> None:
+        Linear.load(self, replace(read, copy=lambda name, out: read.copy(name, out.t())), place)

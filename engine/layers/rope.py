@@ -30,18 +30,22 @@ CHUNK = 8192  # positions at a time, so that the temporaries stay small beside t
 class RotaryTable:
     """cos_sin float32 [positions, rot], cosines first; shared by layers, filled by `build` when sizes are known.
 
-    Without a rope rot is 0: nothing is turned.
+    Without a rope rot is 0: nothing is turned. q_scale float32 [positions], where queries are scaled by position.
     """
 
-    __slots__ = ("cos_sin", "rope")
+    __slots__ = ("cos_sin", "q_scale", "rope")
 
     def __init__(self, rope: Rope | None) -> None:
         self.rope = rope
         self.cos_sin = torch.empty(0, rope.rotary if rope else 0)
+        self.q_scale: Tensor | None = None
 
     def build(self, num_positions: int, device: torch.device) -> None:
         table = cos_sin_table(self.rope, num_positions) if self.rope else torch.empty(num_positions, 0)
         self.cos_sin = table.to(device)
+        if self.rope and self.rope.q_scale_beta:
+            turns = torch.floor(torch.arange(num_positions) / self.rope.original_window)
+            self.q_scale = (1 + self.rope.q_scale_beta * torch.log(1 + turns)).to(device)
 
 
 def cos_sin_table(rope: Rope, num_positions: int) -> Tensor:

@@ -19,8 +19,8 @@ from engine.layers.experts import (
     StackedExperts,
     StoredExperts,
 )
-from engine.layers.linear import Linear
-from engine.layers.norm import RMSNorm
+from engine.layers.linear import Conv1D, Linear
+from engine.layers.norm import NORMS, Norm
 from engine.layers.placement import Layer
 from engine.layers.rope import RotaryTable
 from engine.layers.vector import Vector
@@ -72,13 +72,20 @@ class Weights:
         self.layers.append(layer)
         return layer
 
-    def paged_attention(self, rope: Rope | None, scale: float, window: int) -> PagedAttention:
+    def conv1d(self, name: str, in_features: int, out_features: int) -> Linear:
+        """A linear layer whose weight the checkpoint stores as [in, out]."""
+        layer = Conv1D({self.prefix + name: out_features}, in_features, has_bias=True)
+        self.layers.append(layer)
+        return layer
+
+    def paged_attention(self, rope: Rope | None, scale: float, window: int, soft_cap: float) -> PagedAttention:
         """Layers with the same rope share its table."""
         table = self.tables.setdefault(rope, RotaryTable(rope))
-        return PagedAttention(self.kernels, table, scale, window)
+        return PagedAttention(self.kernels, table, scale, window, soft_cap)
 
-    def norm(self, name: str, size: int, eps: float) -> RMSNorm:
-        layer = RMSNorm(self.prefix + name, size, eps, self.kernels)
+    def norm(self, name: str, size: int, eps: float, kind: str = "rms") -> Norm:
+        """`kind` is one of engine/layers/norm.py's NORMS."""
+        layer = NORMS[kind](self.prefix + name, size, eps, self.kernels)
         self.layers.append(layer)
         return layer
 

@@ -11,24 +11,45 @@ from engine.errors import CheckpointError
 if TYPE_CHECKING:
     from engine.models.llama import LlamaForCausalLM as CausalLM
 
-# `architectures` of config.json -> module here with a class of that name
+# `architectures` of config.json -> module here with a class of that name; docs/models.md is written from this table
 FAMILIES = {
+    "Cohere2ForCausalLM": "cohere",
+    "CohereForCausalLM": "cohere",
+    "GPT2LMHeadModel": "gpt2",
+    "Gemma2ForCausalLM": "gemma",
+    "Gemma3ForCausalLM": "gemma",
+    "GemmaForCausalLM": "gemma",
+    "Glm4ForCausalLM": "glm",
+    "GlmForCausalLM": "glm",
     "GptOssForCausalLM": "gpt_oss",
+    "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
+    "Ministral3ForCausalLM": "ministral3",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
+    "Olmo2ForCausalLM": "olmo",
+    "Olmo3ForCausalLM": "olmo",
     "OlmoeForCausalLM": "olmoe",
+    "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "SmolLM3ForCausalLM": "smollm3",
+    "Starcoder2ForCausalLM": "starcoder2",
+}
+
+# models of which only the text part is served: architecture -> model_type of its text_config -> its family
+TEXT_PARTS = {
+    "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
+    "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
 }
 
 
 def check_architecture(architecture: str) -> None:
     """CheckpointError with the supported names, closest first, unless there is a file for it."""
     if architecture not in FAMILIES:
-        close = get_close_matches(architecture, FAMILIES, n=len(FAMILIES), cutoff=0.0)
+        close = get_close_matches(architecture, [*FAMILIES, *TEXT_PARTS], n=len(FAMILIES), cutoff=0.0)
         raise CheckpointError(f"{architecture[:80]!r} is not supported. Supported: {', '.join(close)}.")
 
 

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from engine.layers.attention import PagedAttention
     from engine.layers.weights import Weights
 
+Layer = Callable[["Tensor", "Tensor | None", "Batch", "LayerCache"], "tuple[Tensor, Tensor]"]
+"""(x, residual) to (x, residual), whose sum is the residual stream; see DecoderLayer."""
+Block = Callable[["Tensor"], "Tensor"]
+"""[T, D] to [T, D]."""
+
 # T tokens in the step, L rows whose logits are wanted, D hidden, I intermediate, H query heads, K kv heads,
 # E head dim, V vocabulary
 
@@ -33,6 +38,13 @@ class LlamaForCausalLM:
     # our name -> the checkpoint's projections that it stacks
     FUSED: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
+    EMBEDDING: ClassVar = "model.embed_tokens"
+
+    @staticmethod
+    def stored_name(name: str) -> str | None:
+        """The name by which `shapes()` knows a checkpoint's tensor; None for a buffer that nobody needs."""
+        return None if name.endswith(".rotary_emb.inv_freq") else name  # older transformers saved it
+
     @staticmethod
     def read_config(fields: Fields) -> ModelConfig:
         bias = fields.flag("attention_bias", default=False)
@@ -42,50 +54,59 @@ class LlamaForCausalLM:
     def __init__(self, config: ModelConfig, weights: Weights):
         d, v, tied = config.hidden_size, config.vocab_size, config.tie_word_embeddings
         self.config, self.weights = config, weights
-        self.embed_tokens = weights.embedding("model.embed_tokens", v, d, tied)
+        self.embed_tokens = weights.embedding(self.EMBEDDING, v, d, tied)
         self.layers = [self.layer(i, weights.at(f"model.layers.{i}")) for i in range(config.num_layers)]
-        self.norm = weights.norm("model.norm", d, config.norm_eps)
+        self.norm = weights.norm("model.norm", d, config.norm_eps, config.norm)
         self.lm_head: Callable[[Tensor], Tensor]
         self.lm_head = self.embed_tokens.project if tied else weights.linear("lm_head", d, v)
 
-    def layer(self, index: int, weights: Weights) -> DecoderLayer:
+    def layer(self, index: int, weights: Weights) -> Layer:
+        """The order of a layer's parts; the parts are the next three methods'."""
         attention = self.attention(weights.at("self_attn"), self.attend(index))
         return DecoderLayer(self.config, weights, attention, self.mlp(index, weights))
 
     def attend(self, index: int) -> PagedAttention:
         """The cache's side of a layer's attention: its rope, its scale, its window."""
-        config = self.config
-        return self.weights.paged_attention(config.ropes[index], config.attention_scale, config.windows[index])
+        c = self.config
+        return self.weights.paged_attention(c.ropes[index], c.attention_scale, c.windows[index], c.attention_soft_cap)
 
     def attention(self, weights: Weights, attend: PagedAttention) -> Attention:
-        """Where most families differ."""
         return Attention(self.config, weights, attend)
 
-    def mlp(self, index: int, weights: Weights) -> Callable[[Tensor], Tensor]:
-        """Where mixtures of experts differ."""
+    def mlp(self, index: int, weights: Weights) -> Block:
         return MLP(self.config, weights.at("mlp"))
+
+    def embed(self, batch: Batch) -> Tensor:
+        """What enters the first layer: [T, D]."""
+        x_TD, scale = self.embed_tokens(batch.token_ids), self.config.embedding_scale
+        return x_TD if scale == 1 else x_TD * x_TD.new_tensor(scale)  # rounded to x's dtype, as in training
 
     def forward(self, batch: Batch, caches: list[LayerCache]) -> Tensor:
         """Final hidden states [T, D]; K and V of the batch's tokens are written to the caches, one per layer."""
-        x_TD, residual_TD = self.embed_tokens(batch.token_ids), None
+        x_TD, residual_TD = self.embed(batch), None
         for layer, cache in zip(self.layers, caches, strict=True):
             x_TD, residual_TD = layer(x_TD, residual_TD, batch, cache)
         assert residual_TD is not None
-        return self.norm.add(x_TD, residual_TD)[0]
+        return self.norm.add(x_TD, residual_TD, self.config.residual_scale)[0]
 
     def logits(self, x_LD: Tensor) -> Tensor:
         """float32 [L, V] of the hidden states given, so pass only the rows wanted."""
-        return self.lm_head(x_LD).float()
+        logits_LV, cap = self.lm_head(x_LD).float(), self.config.logits_soft_cap
+        if self.config.logits_scale != 1:
+            logits_LV = logits_LV * self.config.logits_scale
+        return cap * (logits_LV / cap).tanh() if cap else logits_LV
 
 
 class DecoderLayer:
     """h = r + attention(norm(r)); h + mlp(norm(h)). The last addition is left to whoever norms next."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention, mlp: Callable[[Tensor], Tensor]):
-        self.input_layernorm = weights.norm("input_layernorm", config.hidden_size, config.norm_eps)
+    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention, mlp: Block):
+        norm = (config.hidden_size, config.norm_eps, config.norm)
+        self.input_layernorm = weights.norm("input_layernorm", *norm)
         self.self_attn = attention
-        self.post_attention_layernorm = weights.norm("post_attention_layernorm", config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = weights.norm("post_attention_layernorm", *norm)
         self.mlp = mlp
+        self.scale = config.residual_scale
 
     def __call__(
         self, x_TD: Tensor, residual_TD: Tensor | None, batch: Batch, cache: LayerCache
@@ -94,9 +115,9 @@ class DecoderLayer:
         if residual_TD is None:
             x_TD, residual_TD = self.input_layernorm(x_TD), x_TD
         else:
-            x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
+            x_TD, residual_TD = self.input_layernorm.add(x_TD, residual_TD, self.scale)
         x_TD = self.self_attn(x_TD, batch, cache)
-        x_TD, residual_TD = self.post_attention_layernorm.add(x_TD, residual_TD)
+        x_TD, residual_TD = self.post_attention_layernorm.add(x_TD, residual_TD, self.scale)
         return self.mlp(x_TD), residual_TD
 
 

@@ -24,8 +24,8 @@ class NormedAttention(Attention):
 
     def __init__(self, config: ModelConfig, weights: Weights, attend: PagedAttention):
         super().__init__(config, weights, attend)
-        self.q_norm = weights.norm("q_norm", config.head_dim, config.norm_eps)
-        self.k_norm = weights.norm("k_norm", config.head_dim, config.norm_eps)
+        self.q_norm = weights.norm("q_norm", config.head_dim, config.norm_eps, config.norm)
+        self.k_norm = weights.norm("k_norm", config.head_dim, config.norm_eps, config.norm)
 
     def qkv(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_THE, k_TKE, v_TKE = super().qkv(x_TD)

@@ -14,7 +14,7 @@ from kernels.cpu.attention import paged_attention
 from kernels.cpu.attention import task as attention_task
 from kernels.cpu.experts import experts
 from kernels.cpu.linear import tasks as linear_tasks
-from kernels.cpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from kernels.cpu.norm import add, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.cpu.norm import task as norm_task
 from kernels.cpu.rope_kv import rope_kv
 from kernels.cpu.rope_kv import task as rope_kv_task
@@ -25,6 +25,7 @@ from kernels.cpu.threads import set_threads
 
 __all__ = [
     "activation",
+    "add",
     "add_layer_norm",
     "add_rms_norm",
     "experts",

@@ -10,12 +10,14 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from kernels.cpu.simd import F32, WIDTH, add, fma, get, load, mul, put, spread, store, sub, total
+from kernels.cpu.simd import F32, WIDTH, fma, get, load, mul, put, spread, store, sub, total
+from kernels.cpu.simd import add as plus
 from kernels.cpu.threads import compile_task, describe, run, word
 
 TASK_NUMBERS = 1 << 14  # elements worth a task of their own
 
-# words of a call's description; row r of x is at X + r // INNER * OUTER_STEP + r % INNER * INNER_STEP
+# words of a call's description; row r of x is at X + r // INNER * OUTER_STEP + r % INNER * INNER_STEP; without W only
+# the sum is made
 X, OUTER_STEP, INNER, INNER_STEP, RESIDUAL, W, B, Y, ROWS, SIZE, PER_TASK, CENTRE, FLOATS = range(13)
 FORM = "12q2f"  # FLOATS: eps and x's scale
 
@@ -25,7 +27,7 @@ def _add(x: int, residual: int, size: int, scale: float) -> None:
     """residual += x * scale."""
     whole = size // WIDTH * WIDTH
     for i in range(0, whole, WIDTH):
-        store(F32, residual + 4 * i, add(load(F32, residual + 4 * i), mul(load(F32, x + 4 * i), spread(scale))))
+        store(F32, residual + 4 * i, plus(load(F32, residual + 4 * i), mul(load(F32, x + 4 * i), spread(scale))))
     for i in range(whole, size):
         put(F32, residual + 4 * i, get(F32, residual + 4 * i) + get(F32, x + 4 * i) * scale)
 
@@ -35,7 +37,7 @@ def _mean(x: int, size: int) -> float:
     whole = size // WIDTH * WIDTH
     sums = spread(F32)
     for i in range(0, whole, WIDTH):
-        sums = add(sums, load(F32, x + 4 * i))
+        sums = plus(sums, load(F32, x + 4 * i))
     mean = total(sums)
     for i in range(whole, size):
         mean += get(F32, x + 4 * i)
@@ -56,7 +58,7 @@ def _normalize(x: int, w: int, b: int, y: int, size: int, eps: float, mean: floa
     factor = 1 / math.sqrt(square / size + eps)
     for i in range(0, whole, WIDTH):
         v = mul(mul(sub(load(F32, x + 4 * i), spread(mean)), spread(factor)), load(F32, w + 4 * i))
-        store(F32, y + 4 * i, add(v, load(F32, b + 4 * i)) if b != 0 else v)
+        store(F32, y + 4 * i, plus(v, load(F32, b + 4 * i)) if b != 0 else v)
     for i in range(whole, size):
         v1 = (get(F32, x + 4 * i) - mean) * factor * get(F32, w + 4 * i)
         put(F32, y + 4 * i, v1 + get(F32, b + 4 * i) if b != 0 else v1)
@@ -73,6 +75,8 @@ def _norm_rows(call: int, index: int, thread: int) -> None:
             residual = word(call, RESIDUAL) + 4 * row * size
             _add(x, residual, size, scale)
             x = residual
+        if word(call, W) == 0:
+            continue
         mean = _mean(x, size) if word(call, CENTRE) != 0 else F32
         _normalize(x, word(call, W), word(call, B), word(call, Y) + 4 * row * size, size, eps, mean)
 
@@ -106,6 +110,19 @@ def _run(
     return y
 
 
+def add(x: Tensor, residual: Tensor) -> Tensor:
+    """As the definition, for float32 x [T, D]; writes the sum over `residual` if that is contiguous."""
+    residual = _residual(x, residual)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    rows, size = x.shape
+    per_task = max(1, TASK_NUMBERS // max(1, size))
+    call = describe(FORM, x.data_ptr(), 4 * x.stride(0), 1, 0, residual.data_ptr(), 0, 0, 0, rows, size, per_task, 0,
+                    0.0, 1.0)  # fmt: skip
+    run(task(), call, -(-rows // per_task))
+    return residual
+
+
 def _weight(w: Tensor) -> Tensor:
     return w if w.dtype is torch.float32 and w.stride(0) == 1 else w.float().contiguous()
 
@@ -132,7 +149,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float, x_scale: fl
     return _run(x, residual, w, None, eps, centre=False, x_scale=x_scale), residual
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps: float, x_scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """As the definition, for float32 x [..., D]; writes the sum over `residual` if that is contiguous."""
     residual = _residual(x, residual)
-    return _run(x, residual, w, b, eps, centre=True), residual
+    return _run(x, residual, w, b, eps, centre=True, x_scale=x_scale), residual

@@ -51,6 +51,13 @@ def test_layer_norms_equal_float64(rows: int, size: int) -> None:
         torch.testing.assert_close(y.double(), expected, rtol=3e-6, atol=3e-6)
 
 
+def test_a_sum_is_torchs_and_written_over_the_residual() -> None:
+    x, residual = random(1, 9, 3 * 100)[:, 100:200], random(2, 9, 100)
+    expected = x + residual
+    assert cpu.add(x, residual) is residual
+    assert torch.equal(residual, expected)
+
+
 def test_what_is_added_may_be_scaled() -> None:
     x, residual, w = random(1, 5, 100), random(2, 5, 100), random(3, 100)
     y, summed = cpu.add_rms_norm(x, residual.clone(), w, 1e-5, 0.22)

@@ -1,0 +1,103 @@
+"""OLMo 2 and 3: what each part gives is normed, not what it gets, and queries and keys are normed across heads.
+
+OLMo Team 2024, arXiv 2501.00656. OLMo 3 adds a window to three of four layers; scaled rope is the fourth's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from engine.config_fields import Fields
+from engine.model_config import (
+    FULL,
+    SLIDING,
+    ModelConfig,
+    every,
+    read_decoder,
+    read_layer_types,
+    read_window,
+    windows_by_type,
+)
+from engine.models.llama import Attention, Block, Layer, LlamaForCausalLM
+from engine.rope_config import read_ropes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.batch import Batch, LayerCache
+    from engine.layers.attention import PagedAttention
+    from engine.layers.weights import Weights
+
+# T tokens in the step, D hidden, H query heads, K kv heads, E head dim
+
+
+class PostNormLayer:
+    """h = r + norm(attention(r)); h + norm(mlp(h)). The last addition is left to the next layer."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention, mlp: Block):
+        norm = (config.hidden_size, config.norm_eps, config.norm)
+        self.post_attention_layernorm = weights.norm("post_attention_layernorm", *norm)
+        self.post_feedforward_layernorm = weights.norm("post_feedforward_layernorm", *norm)
+        self.self_attn, self.mlp, self.sum = attention, mlp, weights.kernels.add
+
+    def __call__(
+        self, x_TD: Tensor, residual_TD: Tensor | None, batch: Batch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        residual_TD = x_TD if residual_TD is None else self.sum(x_TD, residual_TD)
+        x_TD = self.post_attention_layernorm(self.self_attn(residual_TD, batch, cache))
+        residual_TD = self.sum(x_TD, residual_TD)
+        return self.post_feedforward_layernorm(self.mlp(residual_TD)), residual_TD
+
+
+class WideNormedAttention(Attention):
+    """Attention with RMSNorm over H * E of q and K * E of k, before they are rotated."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, attend: PagedAttention):
+        super().__init__(config, weights, attend)
+        self.widths = tuple(heads * config.head_dim for heads in self.heads)
+        self.q_norm = weights.norm("q_norm", self.widths[0], config.norm_eps)
+        self.k_norm = weights.norm("k_norm", self.widths[1], config.norm_eps)
+
+    def qkv(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, k, _ = self.heads
+        q_TQ, k_TK, v_TK = self.qkv_proj(x_TD).split_with_sizes(self.widths, dim=1)
+        q_TQ, k_TK = self.q_norm(q_TQ), self.k_norm(k_TK)
+        return q_TQ.unflatten(1, (h, -1)), k_TK.unflatten(1, (k, -1)), v_TK.unflatten(1, (k, -1))
+
+
+class Olmo2ForCausalLM(LlamaForCausalLM):
+    """One rope, no windows."""
+
+    ABSENT: ClassVar[dict[str, Any]] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+
+    @staticmethod
+    def read_config(fields: Fields) -> ModelConfig:
+        found, bias = read_decoder(fields), fields.flag("attention_bias", default=False)
+        return replace(found, qkv_bias=bias, out_bias=bias)
+
+    def layer(self, index: int, weights: Weights) -> Layer:
+        attention = self.attention(weights.at("self_attn"), self.attend(index))
+        return PostNormLayer(self.config, weights, attention, self.mlp(index, weights))
+
+    def attention(self, weights: Weights, attend: PagedAttention) -> Attention:
+        return WideNormedAttention(self.config, weights, attend)
+
+
+class Olmo3ForCausalLM(Olmo2ForCausalLM):
+    """Ropes and windows by the kind of layer."""
+
+    ABSENT: ClassVar[dict[str, Any]] = Olmo2ForCausalLM.ABSENT | {"sliding_window": 4096, "rope_theta": 500000.0}
+
+    @staticmethod
+    def read_config(fields: Fields) -> ModelConfig:
+        found = Olmo2ForCausalLM.read_config(fields.without("rope_scaling", "rope_parameters"))
+        types = read_layer_types(fields, found.num_layers, every(4, found.num_layers))
+        theta = fields.number("rope_theta", 1.001, 1e15)
+        ropes = read_ropes(fields, found.head_dim, found.max_position_embeddings, {FULL: theta, SLIDING: theta})
+        return replace(
+            found,
+            ropes=tuple(ropes[kind] for kind in types),
+            windows=windows_by_type(types, read_window(fields)),
+            context_length=max(rope.context_length(found.max_position_embeddings) for rope in ropes.values()),
+        )
