@@ -265,7 +265,8 @@ def measure_ladder(args: argparse.Namespace, folder: str, load_format: str) -> d
     """Load, measure the machine, run every rung, measure again. CheckpointError or ConfigError as load_engine."""
     import torch
 
-    from benchmarks.floor import DTYPE_BYTES, Sizes, largest_matrix, machine, measure
+    from benchmarks.floor import Sizes, Widths, largest_matrix, machine, measure
+    from engine.checkpoint import open_checkpoint
     from engine.errors import ConfigError
     from engine.runner import load_engine
 
@@ -283,7 +284,8 @@ def measure_ladder(args: argparse.Namespace, folder: str, load_format: str) -> d
     dtype = decisions["number type"]
     threads = int(decisions["threads"].split()[0])
     device = str(runner.device.torch_device)
-    sizes, item = Sizes.of(config), DTYPE_BYTES[dtype]
+    sizes = Sizes.of(config)
+    widths = Widths.of(open_checkpoint(folder, load_format), dtype, is_packed="weights" in decisions)
 
     def rates_now() -> Any:
         return measure(device, dtype, largest_matrix(config), threads)
@@ -300,7 +302,7 @@ def measure_ladder(args: argparse.Namespace, folder: str, load_format: str) -> d
     figures = [
         one
         for batch, prompt, steps in rungs
-        for one in summarise(batch, prompt, steps, lambda s: sizes.step(s.sequences, s.rows, item), rates)
+        for one in summarise(batch, prompt, steps, lambda s: sizes.step(s.sequences, s.rows, widths), rates)
     ]
     return {
         "machine": machine(threads),

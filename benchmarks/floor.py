@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from engine.checkpoint import Checkpoint, count_weights
 from engine.dummy import dummy_tensors
 from engine.mixture_config import MixtureConfig
 from engine.model_config import ModelConfig
@@ -140,6 +141,21 @@ def _measure_gpu(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """Bytes of a number, as it is kept in memory."""
+
+    weight: float  # the mean over all weights, where some are quantised
+    cached: float
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, dtype: str, is_packed: bool) -> Widths:
+        """dtype: of what is not quantised and of the cache; is_packed: quantised weights stay so."""
+        kept, plain = count_weights(checkpoint, is_packed), count_weights(checkpoint, False)
+        item = DTYPE_BYTES[dtype]
+        return Widths((kept.numbers * item + kept.packed_bytes) / plain.numbers, item)
+
+
+@dataclass(frozen=True)
 class Sizes:
     """A model's share in a step's work. Weights are counted in numbers, not bytes."""
 
@@ -170,8 +186,8 @@ class Sizes:
             expert_share=share,
         )
 
-    def step(self, sequences: Iterable[tuple[int, int]], rows: int, item: int) -> Work:
-        """Work of a step: (tokens, tokens already in the cache) of each sequence, rows drawn from, bytes a number.
+    def step(self, sequences: Iterable[tuple[int, int]], rows: int, widths: Widths) -> Work:
+        """Work of a step: (tokens, tokens already in the cache) of each sequence, and rows drawn from.
 
         Of a mixture's experts those are read that tokens choosing alike and alone would choose.
         """
@@ -188,7 +204,7 @@ class Sizes:
         weights = self.layer_weights + experts + (self.head_weights if rows else 0)
         per_token = self.layer_weights + self.expert_weights * self.expert_share
         products = per_token * tokens + self.head_weights * rows + 2 * self.query_size * scores
-        return Work(float(item * (weights + self.kv_numbers * seen)), 2.0 * products)
+        return Work(widths.weight * weights + widths.cached * self.kv_numbers * seen, 2.0 * products)
 
 
 def _pairs(new: int, cached: int, window: int) -> float:
@@ -206,16 +222,19 @@ def largest_matrix(config: ModelConfig) -> tuple[int, int]:
     return 2 * config.intermediate_size, config.hidden_size
 
 
-def load_floor(sizes: Sizes, rates: Rates, item: int, *, concurrency: int, prompt: int, output: int) -> dict[str, Any]:
+def load_floor(
+    sizes: Sizes, rates: Rates, widths: Widths, *, concurrency: int, prompt: int, output: int
+) -> dict[str, Any]:
     """The floor of a closed loop: waves of `concurrency` requests, each prompt read at once, then steps of one token.
 
     tok/s of output, ms to the first token of a request that is alone, ms a token after it. A server that mixes one
     wave's prompts into another's steps, or draws several tokens a step, could be faster in tok/s.
     """
-    first = sizes.step([(prompt, 0)] * concurrency, concurrency, item).seconds(rates)
-    one = sizes.step([(prompt, 0)], 1, item).seconds(rates)
+    first = sizes.step([(prompt, 0)] * concurrency, concurrency, widths).seconds(rates)
+    one = sizes.step([(prompt, 0)], 1, widths).seconds(rates)
     later = [
-        sizes.step([(1, prompt + i)] * concurrency, concurrency, item).seconds(rates) for i in range(max(output - 1, 0))
+        sizes.step([(1, prompt + i)] * concurrency, concurrency, widths).seconds(rates)
+        for i in range(max(output - 1, 0))
     ]
     return {
         "output_tok_per_s": concurrency * output / (first + sum(later)),

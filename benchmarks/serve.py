@@ -208,14 +208,14 @@ async def _with_progress(tasks: Sequence[asyncio.Task[list[Reply]]], quiet: bool
 
 
 def floor_of(args: argparse.Namespace, rates: Any) -> dict[str, float]:
-    """What no server on this machine can beat with these weights, for the closed loop that was asked for."""
-    from benchmarks.floor import DTYPE_BYTES, Sizes, load_floor
+    """The floor of the closed loop that was asked for, with the weights as Penstock keeps them on a CPU."""
+    from benchmarks.floor import Sizes, Widths, load_floor
 
-    config = local_model(args.floor)
+    checkpoint = local_model(args.floor)
     return load_floor(
-        Sizes.of(config),
+        Sizes.of(checkpoint.model_config),
         rates,
-        DTYPE_BYTES[config.dtype or "bfloat16"],
+        Widths.of(checkpoint, checkpoint.stored_dtype, is_packed=True),
         concurrency=min(args.concurrency, args.requests),
         prompt=args.input_len.typical,
         output=args.output_len.typical,
@@ -223,11 +223,15 @@ def floor_of(args: argparse.Namespace, rates: Any) -> dict[str, float]:
 
 
 def local_model(name: str) -> Any:
-    """The sizes of a model folder, or of a shape of ours. CheckpointError."""
+    """The checkpoint that `penstock serve` would serve under this name, or a shape of ours. ValueError."""
     from benchmarks.engine import CONFIGS
     from engine.checkpoint import open_checkpoint
+    from server.model_source import locate
 
-    return open_checkpoint(CONFIGS / name if (CONFIGS / name).is_dir() else name, "dummy").model_config
+    if (CONFIGS / name).is_dir():
+        return open_checkpoint(CONFIGS / name, "dummy")
+    folder = locate(name).folder
+    return open_checkpoint(folder, "auto" if any(folder.glob("*.safetensors")) else "dummy")
 
 
 def rates_of(name: str) -> Any:
@@ -235,8 +239,8 @@ def rates_of(name: str) -> Any:
     from benchmarks.floor import largest_matrix, measure
     from engine.config import usable_cores
 
-    config = local_model(name)
-    return measure("cpu", config.dtype or "bfloat16", largest_matrix(config), usable_cores())
+    checkpoint = local_model(name)
+    return measure("cpu", checkpoint.stored_dtype, largest_matrix(checkpoint.model_config), usable_cores())
 
 
 def main(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.engine import PARTS, run_rung, summarise
-from benchmarks.floor import Rates, Sizes
+from benchmarks.floor import Rates, Sizes, Widths
 from engine.engine import Engine
 from engine.messages import EngineOptions
 from engine.runner import load_engine
@@ -51,11 +51,11 @@ def test_steps_are_folded_into_phases_beside_their_floor(engine: Engine) -> None
     steps = run_rung(engine, batch=2, prompt=8, steps=3, temperature=0.7, rng=random.Random(2))
     rates = Rates(read=1e9, multiply=1e9)
     sizes = Sizes.of(engine.runner.model.config)  # type: ignore[attr-defined]
-    prefill, decode = summarise(2, 8, steps, lambda s: sizes.step(s.sequences, s.rows, 4), rates)
+    prefill, decode = summarise(2, 8, steps, lambda s: sizes.step(s.sequences, s.rows, Widths(4, 4)), rates)
     assert (prefill.phase, prefill.steps, prefill.tokens) == ("prefill", 1, 16)
     assert (decode.phase, decode.steps, decode.tokens) == ("decode", 3, 6)
     assert decode.rate == pytest.approx(6 / sum(step.seconds for step in steps[1:]))
-    expected = sum(sizes.step([(1, 8 + i)] * 2, 2, 4).seconds(rates) for i in range(3))
+    expected = sum(sizes.step([(1, 8 + i)] * 2, 2, Widths(4, 4)).seconds(rates) for i in range(3))
     assert decode.floor == pytest.approx(expected)
     assert decode.share == pytest.approx(expected / decode.seconds)
 
