@@ -20,7 +20,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import islice
@@ -95,18 +95,18 @@ def decoding(engine: Engine, batch: int, output: int) -> None:
         engine.step()
 
 
-def times_of(engine: Engine, steps: int) -> list[float]:
+def times_of(engine: Engine, steps: int, clock: Callable[[], float]) -> list[float]:
     """Seconds of each step and its message."""
     found = []
     for _ in range(steps):
-        start = time.perf_counter()
+        start = clock()
         encode(engine.step())
-        found.append(time.perf_counter() - start)
+        found.append(clock() - start)
     return found
 
 
 def steps_table(num_steps: int) -> None:
-    """All batches: as fast as the host goes, then at the GPU's pace."""
+    """All batches: what the host takes (CPU time, since neighbours take the rest), then steps at the GPU's pace."""
     say(f"calibration {calibrate():.0f} ns")
     say(
         f"{'batch':>5} {'steps/s':>8} {'us/step':>8} {'us/seq':>7} | "
@@ -119,14 +119,14 @@ def steps_table(num_steps: int) -> None:
         options: dict[str, Any] = {"max_sequences": batch, "max_batch_tokens": max(8192, batch), "max_context": 2048}
         engine, paced = null_engine(**options), null_engine("null-h100-8b", **options)
         decoding(engine, batch, 1500)
-        host = statistics.median(times_of(engine, num_steps))
+        host = statistics.median(times_of(engine, num_steps, time.thread_time))
         watch = Stopwatch(engine)
         split = [watch.step(in_parts=True).parts for _ in range(max(5, num_steps // 4))]
         decoding(paced, batch, 1500)
         cached = sum(seq.num_computed for seq in paced.scheduler.sequences.values())
         steps = max(8, num_steps // 8)
         gpu = step_time.seconds(batch, cached + batch * steps // 2)
-        real = statistics.median(times_of(paced, steps))
+        real = statistics.median(times_of(paced, steps, time.perf_counter))
         parts = " ".join(f"{statistics.median(one[part] for one in split) * 1e6:8.0f}" for part in PARTS)
         say(
             f"{batch:5} {1 / host:8.0f} {host * 1e6:8.0f} {host / batch * 1e6:7.2f} | {parts}    | {gpu * 1e3:7.2f} "

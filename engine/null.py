@@ -26,7 +26,7 @@ from engine.errors import ConfigError
 from engine.messages import Decision, EngineOptions, Progress, Ready
 from engine.model_config import ModelConfig
 from engine.runner import ModelRunner, served
-from engine.sampler import Sampler, uniform
+from engine.sampler import Sampler, uniform_from
 from kernels import definitions
 
 if TYPE_CHECKING:
@@ -123,12 +123,12 @@ class NullSampler(Sampler):
         seqs: list[Sequence],
         masks: list[tuple[int, Mask]] | None = None,
     ) -> Tensor:
-        positions = np.fromiter((len(seq.tokens) for seq in seqs), np.int64, len(seqs))
+        positions = np.fromiter(map(len, [seq.tokens for seq in seqs]), np.int64, len(seqs))
         up = self.device.upload
         for values in (self.temperature, self.top_k, self.top_p, self.min_p):
             up(values[rows])
-        drawn = up(uniform(self.seed[rows], positions))
-        return (drawn * self.vocab_size).to(torch.int64)
+        drawn = uniform_from(self.start[rows], positions)
+        return up((drawn * self.vocab_size).astype(np.int64))
 
 
 def load_null_engine(options: EngineOptions, progress: Callable[[Progress], None]) -> tuple[Engine, Ready]:

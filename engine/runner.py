@@ -48,6 +48,7 @@ class Step:
     seqs: list[Sequence]
     rows: NDArray[np.intp]  # [S] their persistent rows
     starts: NDArray[np.int64]  # [S] tokens computed before the step
+    lengths: NDArray[np.int64]  # [S] and after it
     query_start: NDArray[np.int32]  # [S + 1]
     ends: NDArray[np.intp]  # [L] which of them reach their last known token, and so are drawn from
     constrained: list[int]  # which of those must match a grammar, as indices into `ends`
@@ -119,7 +120,7 @@ class ModelRunner:
 
     def _advance(self, step: Step, result: StepResult) -> None:
         """Keep by row what the scheduler notes of each sequence that goes on."""
-        self.computed[step.rows] = step.starts + np.diff(step.query_start)
+        self.computed[step.rows] = step.lengths
         for row, seq in [(self.rows[seq], seq) for seq in result.late]:  # its last token is fed again
             self.computed[row] -= 1
             self.known[row] = len(seq.tokens)
@@ -186,7 +187,7 @@ class ModelRunner:
         ends = (lengths == known).nonzero()[0]
         constrained = self.has_grammar[rows[ends]].nonzero()[0].tolist()
         batch = self._arrays(rows, starts, counts, lengths, ends)
-        return Step(seqs, rows, starts, query_start, ends, constrained, batch)
+        return Step(seqs, rows, starts, lengths, query_start, ends, constrained, batch)
 
     def _arrays(
         self,
@@ -243,10 +244,11 @@ class ModelRunner:
 
     def _draw(self, step: Step, hidden: Tensor, result: StepResult) -> None:
         """The next token of each sequence whose last known token is computed now, and its logprobs where asked for."""
-        seqs = [step.seqs[i] for i in step.ends]
+        is_whole = len(step.ends) == len(step.seqs)
+        seqs = step.seqs if is_whole else [step.seqs[i] for i in step.ends.tolist()]
         rows = step.rows[step.ends]
         logits = self.model.logits(hidden.index_select(0, step.batch.logits_rows))
-        asking = np.flatnonzero(self.num_logprobs[rows] >= 0)
+        asking = (self.num_logprobs[rows] >= 0).nonzero()[0]
         raw = logits.index_select(0, self.device.upload(asking)) if len(asking) else logits  # sampling changes logits
         masks: list[tuple[int, Mask]] = []
         if step.constrained:
@@ -261,7 +263,7 @@ class ModelRunner:
             result.failed.setdefault(seqs[i], code)
         drawn = zip(seqs, ids.tolist(), strict=True)
         without = result.late.union(result.failed)
-        result.tokens = {seq: token for seq, token in drawn if seq not in without}
+        result.tokens = {seq: token for seq, token in drawn if seq not in without} if without else dict(drawn)
         keep = [j for j, i in enumerate(asking) if seqs[i] not in without]
         if keep:
             asked = asking[keep]

@@ -49,8 +49,17 @@ def uniform(seeds: Words, positions: Ids) -> NDArray[np.float64]:
     The upper 53 bits of output number `position` of the SplitMix64 generator that starts at mix(seed + GOLDEN). Nothing
     is stepped: any position can be asked for at any time, in any batch, in any process. All arithmetic modulo 2**64.
     """
-    start = mix(seeds + GOLDEN)
-    words = mix(start + (positions.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+    return uniform_from(start_of(seeds), positions)
+
+
+def start_of(seeds: Words) -> Words:
+    """Where each seed's generator starts: what `uniform` needs of a seed, kept by row."""
+    return mix(seeds + GOLDEN)
+
+
+def uniform_from(starts: Words, positions: Ids) -> NDArray[np.float64]:
+    """`uniform` of the seeds with these starts."""
+    words = mix(starts + (positions.astype(np.uint64) + np.uint64(1)) * GOLDEN)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -174,7 +183,7 @@ class Sampler:
         self.top_k = np.zeros(num_rows, np.int32)
         self.top_p = np.ones(num_rows, np.float32)
         self.min_p = np.zeros(num_rows, np.float32)
-        self.seed = np.zeros(num_rows, np.uint64)
+        self.start = np.zeros(num_rows, np.uint64)
         self.ruled = np.zeros(num_rows, np.bool_)
         self.rules: dict[int, RowRules] = {}
 
@@ -184,7 +193,7 @@ class Sampler:
         self.top_k[row] = min(params.top_k, self.vocab_size)
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
-        self.seed[row] = params.seed
+        self.start[row : row + 1] = start_of(np.array([params.seed], np.uint64))
         rules = row_rules(params, self.vocab_size)
         self.ruled[row] = rules is not None
         self.rules.pop(row, None)
@@ -207,10 +216,10 @@ class Sampler:
         peak = logits.amax(-1)  # NaN if any is NaN, +inf if any is, -inf if all are
         if masks:
             restrict(logits, masks, self.device)
-        ruled = np.flatnonzero(self.ruled[rows])
+        ruled = self.ruled[rows].nonzero()[0]
         if len(ruled):
             adjust(logits, [(int(i), self.rules[int(rows[i])], seqs[i]) for i in ruled], self.device)
-        positions = np.fromiter((len(seq.tokens) for seq in seqs), np.int64, len(seqs))
+        positions = np.fromiter(map(len, [seq.tokens for seq in seqs]), np.int64, len(seqs))
         up = self.device.upload
         ids = self.kernels.sample(
             logits,
@@ -218,7 +227,7 @@ class Sampler:
             up(self.top_k[rows]),
             up(self.top_p[rows]),
             up(self.min_p[rows]),
-            up(uniform(self.seed[rows], positions)),
+            up(uniform_from(self.start[rows], positions)),
         )
         if masks or len(ruled):
             ids = torch.where(logits.amax(-1) == -torch.inf, NO_TOKEN_LEFT, ids)
@@ -291,5 +300,5 @@ def failures(ids: NDArray[Any], vocab_size: int) -> dict[int, str]:
         int(i): {MODEL_PRODUCED_NAN: "model_produced_nan", NO_TOKEN_LEFT: "no_token_left"}.get(
             int(ids[i]), "internal_error"
         )
-        for i in np.flatnonzero((ids < 0) | (ids >= vocab_size))
+        for i in ((ids < 0) | (ids >= vocab_size)).nonzero()[0]
     }

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from scipy import stats
 
 from engine.device import CpuDevice
@@ -290,7 +291,7 @@ def test_tokens_are_drawn_with_the_defined_probabilities(name: str, kernels: str
     batch = torch.from_numpy(logits).repeat(len(rows), 1)
     counts = np.zeros(V)
     for seed in range(n // len(rows)):
-        sampler.seed[0] = p.seed * 1000 + seed
+        sampler.set_row(0, replace(p, seed=p.seed * 1000 + seed))
         ids = sampler.sample(batch.clone(), np.zeros(len(rows), np.intp), rows)
         counts += np.bincount(ids.numpy(), minlength=V)
     probabilities = np.array(plain_probabilities(plain_adjust(logits.tolist(), p, rows[0]), p))
