@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,9 +63,7 @@ class Grammars:
     def __init__(self, vocab_size: int) -> None:
         """vocab_size: columns of the model's logits."""
         self.vocab_size = vocab_size
-        self._vocabulary: Vocabulary | None = None
-        self._tokenizer: LLTokenizer | None = None
-        self._building = threading.Lock()
+        self._tokenizer: Future[LLTokenizer] | None = None
         self._compilers = ThreadPoolExecutor(2, "grammar-compile")
         self._makers = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2)), "grammar-mask")
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()  # by use, oldest first
@@ -74,8 +71,8 @@ class Grammars:
         self._constraints: dict[Sequence, _Constraint] = {}
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """What the ids mean. Nothing is built before a grammar is asked for."""
-        self._vocabulary = vocabulary
+        """What the ids mean. The trie is built at once: that holds the GIL, up to a second for 150,000 tokens."""
+        self._tokenizer = self._compilers.submit(build_tokenizer, vocabulary, self.vocab_size)
 
     def enter(self, seq: Sequence) -> None:
         """Begin to compile the grammar of a sequence that will run."""
@@ -146,9 +143,6 @@ class Grammars:
         return future
 
     def _compile_now(self, grammar: str) -> LLMatcher:
-        with self._building:
-            if self._vocabulary is None:
-                raise GrammarError("no vocabulary was sent")
-            if self._tokenizer is None:
-                self._tokenizer = build_tokenizer(self._vocabulary, self.vocab_size)
-        return compile_grammar(self._tokenizer, grammar)
+        if self._tokenizer is None:
+            raise GrammarError("no vocabulary was sent")
+        return compile_grammar(self._tokenizer.result(), grammar)

@@ -44,16 +44,12 @@ class AnswerParser:
         reasoning = ""
         if self._splitter is not None:
             reasoning, text = self._splitter.push(text, final)
-        if self._tools is None:
+        if self._tools is None or self._options.format is None:
             return reasoning if self._options.show_reasoning else "", text, []
         content, calls = self._tools.push(text, final)
         calls = [call for call in calls if not (self._options.one_call and call.index)]
         for call in calls:
             if call.name is not None:
-                call.id = self._new_id()
+                call.id = self._options.format.id.format(random=secrets.token_hex(12), name=call.name, index=call.index)
         self.called = self.called or bool(calls)
         return reasoning if self._options.show_reasoning else "", content, calls
-
-    def _new_id(self) -> str:
-        assert self._options.format is not None
-        return secrets.token_hex(8)[:9] if self._options.format.short_ids else f"call_{secrets.token_hex(12)}"

@@ -5,6 +5,7 @@ Knows chat templates and formats; no requests.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from server.tools import prompt
 from server.tools.formats import FORMATS, NAMES, ToolFormat, of_name
 from server.tools.reader import ToolParser
 
+IDS = ("probe0000", "functions.probe_function:0")  # Mistral takes nine letters and digits, Kimi names the function
 QUESTION, NAME, GIVEN = "What does the probe say?", "probe_function", {"probe_key": "probe value"}
 SCHEMA = {"type": "object", "properties": {"probe_key": {"type": "string", "description": "A key."}}}
 TOOL = {"type": "function", "function": {"name": NAME, "description": "A probe.", "parameters": SCHEMA}}
@@ -64,13 +66,11 @@ async def choose_tools(templates: ChatTemplates, forced: str | None) -> ToolSupp
 
 async def _probe(templates: ChatTemplates, shown: str) -> tuple[ToolFormat, bool] | None:
     """The format in which the template writes a call, and whether it wants the arguments as text."""
-    for as_text in (False, True):
+    for as_text, id in itertools.product((False, True), IDS):
         given: Any = orjson.dumps(GIVEN).decode() if as_text else GIVEN
-        call = {"id": "probe0000", "type": "function", "function": {"name": NAME, "arguments": given}}
-        chat: list[dict[str, Any]] = [
-            {"role": "user", "content": QUESTION},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-        ]
+        call = {"id": id, "type": "function", "function": {"name": NAME, "arguments": given}}
+        answering = {"role": "assistant", "content": "", "tool_calls": [call]}
+        chat: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}, answering]
         text = await _rendered(templates, chat, add_generation_prompt=False)
         if text is None:
             continue

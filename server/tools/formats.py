@@ -40,10 +40,10 @@ class ToolFormat:
 
     name: str
     read: Callable[[Reader], Wait[None]]
-    marks: tuple[str, ...]  # a chat template that writes it contains them all
+    marks: tuple[str, ...]  # a chat template that writes it contains them all; (): it has none of its own
     spelling: Spelling | None = None  # None: arguments are not JSON
     tokens: tuple[str, ...] = ()  # special tokens that are part of it, and so of the text that is parsed
-    short_ids: bool = False  # its template wants ids of nine letters and digits
+    id: str = "call_{random}"  # how its template wants the ids of calls
 
 
 HERMES = ToolFormat(
@@ -51,16 +51,29 @@ HERMES = ToolFormat(
     hermes.read,
     ("<tool_call>", '"arguments"'),
     Spelling('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n", trigger="<tool_call>"),
-    ("<tool_call>", "</tool_call>"),
+    hermes.TOKENS,
 )
 FORMATS = (
-    ToolFormat("qwen3_coder", xml.reader_of(xml.QWEN_CODER), ("<function=", "<parameter="), None, HERMES.tokens),
+    ToolFormat(
+        "qwen3_coder",
+        xml.reader_of(xml.QWEN_CODER),
+        ("<tool_call>", "<function=", "<parameter="),
+        None,
+        ("<tool_call>", "</tool_call>"),
+    ),
+    ToolFormat(
+        "seed_oss",
+        xml.reader_of(xml.SEED),
+        ("<seed:tool_call>",),
+        None,
+        ("<seed:tool_call>", "</seed:tool_call>"),
+    ),
     ToolFormat(
         "glm45",
         xml.reader_of(xml.GLM),
         ("<arg_key>", "<arg_value>"),
         None,
-        (*HERMES.tokens, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+        ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     ),
     ToolFormat(
         "minimax_m2",
@@ -105,6 +118,7 @@ FORMATS = (
             kimi.BEGIN,
         ),
         (kimi.BEGIN, kimi.END, kimi.CALL, kimi.CALL_END, "<|tool_call_argument_begin|>"),
+        id="functions.{name}:{index}",
     ),
     ToolFormat(
         "mistral",
@@ -112,7 +126,7 @@ FORMATS = (
         ("[TOOL_CALLS]", "[ARGS]"),
         Spelling("[TOOL_CALLS]", "[ARGS]", "", "", trigger="[TOOL_CALLS]"),
         ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
-        short_ids=True,
+        id="{random:.9}",
     ),
     ToolFormat(
         "mistral_v3",
@@ -120,14 +134,14 @@ FORMATS = (
         ("[TOOL_CALLS]",),
         Spelling('{"name": "', '", "arguments": ', "}", ", ", "[TOOL_CALLS] [", "]", "[TOOL_CALLS]"),
         ("[TOOL_CALLS]",),
-        short_ids=True,
+        id="{random:.9}",
     ),
     HERMES,
     ToolFormat("pythonic", pythonic.read, ("[func_name1(", "]"), None, ("<|python_start|>", "<|python_end|>")),
     ToolFormat(
         "llama3_json",
         plain_json.read,
-        ('{"name": ', '"parameters": '),
+        (),
         Spelling('{"name": "', '", "parameters": ', "}", "; "),
         ("<|python_tag|>",),
     ),

@@ -1,16 +1,25 @@
-"""<tool_call>{"name": ..., "arguments": {...}}</tool_call>: Hermes, Qwen 2.5 and 3, and our own prompt."""
+"""<tool_call>{"name": ..., "arguments": {...}}</tool_call>: Hermes, Qwen 2.5 and 3, our own prompt, and like-minded."""
 
 from __future__ import annotations
 
 from server.tools.reader import Broken, Reader, Wait, json_calls, literal, until
 
+# What begins a section and what ends it: Hermes's, Nemotron's, Apriel's, Granite's and Phi 4's.
+SECTIONS = {
+    "<tool_call>": "</tool_call>",
+    "<TOOLCALL>": "</TOOLCALL>",
+    "<tool_calls>": "</tool_calls>",
+    "<|tool_call|>": "<|/tool_call|>",
+}
+TOKENS = (*SECTIONS, *SECTIONS.values())
+
 
 def read(r: Reader) -> Wait[None]:
-    """Each section holds one call, or a list of them as SmolLM2 1.7B writes it."""
-    while (yield from until(r, "<tool_call>")) is not None:
+    """Each section holds one call or a list of them."""
+    while (begin := (yield from until(r, *SECTIONS))) is not None:
         try:
             yield from json_calls(r)
-            yield from literal(r, "</tool_call>")
+            yield from literal(r, SECTIONS[begin])
             r.settle()
         except Broken:
             r.unread()

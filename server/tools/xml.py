@@ -1,4 +1,4 @@
-"""Calls whose arguments are tags: Qwen3-Coder's, GLM-4.5's and MiniMax M2's.
+"""Calls whose arguments are tags: Qwen3-Coder's, Seed-OSS's, GLM-4.5's and MiniMax M2's.
 
 A value's text says nothing of its type, so the tool's schema decides: what is declared a string stays text, everything
 else is read as JSON where it is JSON.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -38,6 +38,7 @@ QWEN_CODER = Tags(
     "</tool_call>",
     one_call=True,
 )
+SEED = replace(QWEN_CODER, begin="<seed:tool_call>", end="</seed:tool_call>")
 GLM = Tags(
     "<tool_call>",
     re.compile(r"\s*([\w.\-]+)(?=\s*<(?:arg_key>|/tool_call>))"),

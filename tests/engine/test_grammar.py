@@ -255,6 +255,6 @@ def test_packed_masks_ban_exactly_what_their_bits_leave_out(vocab: int) -> None:
     assert torch.equal(logits, want)
 
 
-def test_an_engine_process_loads_no_grammar_library_before_one_is_asked_for() -> None:
+def test_an_engine_without_a_vocabulary_loads_no_grammar_library() -> None:
     code = "import sys, engine.grammar; engine.grammar.Grammars(9); assert 'llguidance' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -32,6 +32,9 @@ WRITTEN: dict[str, list[tuple[str, Calls]]] = {
             [("log.write-2", {"tags": ["<a>"], "text": "12"})],
         ),
     ],
+    "seed_oss": [
+        ("<seed:tool_call><function=now><parameter=a>1</parameter></function></seed:tool_call>", [("now", {"a": 1})])
+    ],
     "glm45": [
         (
             "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n<arg_key>days</arg_key>\n"
@@ -50,6 +53,8 @@ WRITTEN: dict[str, list[tuple[str, Calls]]] = {
         ('<tool_call>{"arguments": {"a": [1, "}{"]}, "name": "now"}</tool_call>', [("now", {"a": [1, "}{"]})]),
         ('<tool_call>[{"name": "now", "arguments": {}}, {"name": "now", "arguments": {"a":1}}]</tool_call>',
          [("now", {}), ("now", {"a": 1})]),
+        ('<TOOLCALL>[{"name": "now", "arguments": {}}]</TOOLCALL><|tool_call|>[{"name": "now", "arguments": {}}]',
+         [("now", {}), ("now", {})]),
         ('<tool_call>\n{"name": "now", "arguments": "{\\"a\\": 1}"}\n</tool_call>', [("now", {"a": 1})]),
     ],
     "mistral": [
