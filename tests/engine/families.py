@@ -71,7 +71,7 @@ CONFIGS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "granite",
         [
             {"tie_word_embeddings": False, "embedding_multiplier": 6.0, "attention_multiplier": 0.11,
-             "residual_multiplier": 0.22, "logits_scaling": 2.5, "attention_bias": True, "mlp_bias": True},
+             "residual_multiplier": 0.22, "logits_scaling": 0.9, "attention_bias": True, "mlp_bias": True},
         ],
     ),
     "Ministral3ForCausalLM": (

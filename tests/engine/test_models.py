@@ -6,6 +6,7 @@ A small driver stands in for scheduler and runner: it hands out scattered pages 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from engine.messages import BLOCK_SIZE
 from engine.models.llama import LlamaForCausalLM
 from kernels import choose
 from kernels.linear import unpack
+from tests.engine.families import CONFIGS, make_family
 from tests.engine.tiny import ARCHITECTURES, make_checkpoint, random_weights
 
 logging.disable_progress_bar()
@@ -64,6 +66,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 NUMBERED = [(architecture, i) for architecture in ARCHITECTURES for i in range(len(CASES[architecture]))]
+NUMBERED += [(architecture, i) for architecture, (_, variants) in CONFIGS.items() for i in range(len(variants))]
 
 
 @dataclass
@@ -81,10 +84,16 @@ class Driver:
         self.caches = [(torch.full(shape, torch.nan, dtype=dtype),) * 2 for _ in range(model.config.num_layers)]
         self.caches = [(k.clone(), v.clone()) for k, v in self.caches]
         self.free = random.Random(seed).sample(range(40), 40)
-        self.sequences: dict[int, Sequence] = {}
+        self.sequences: dict[int | str, Sequence] = {}
+
+    def share(self, one: int | str, other: int | str, most: int) -> int:
+        """A new sequence that begins with another's full blocks, `most` tokens at most; returns how many those are."""
+        blocks = self.sequences[one].blocks[: most // BLOCK_SIZE]
+        self.sequences[other] = Sequence(len(blocks) * BLOCK_SIZE, list(blocks))
+        return len(blocks) * BLOCK_SIZE
 
     @torch.inference_mode()
-    def step(self, feed: dict[int, list[int]]) -> dict[int, Tensor]:
+    def step(self, feed: dict[int | str, list[int]]) -> dict[int | str, Tensor]:
         """Log-probabilities [n, V] after each of the n new tokens of each sequence."""
         seqs = [self.sequences.setdefault(i, Sequence()) for i in feed]
         positions, slots = [], []
@@ -147,19 +156,32 @@ class Case:
     expected: dict[int, tuple[list[int], Tensor]]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads that wait for each other in ever so small products take longer than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def case_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Makes each case once, whatever number of tests looks at it."""
 
     @cache
     def make(architecture: str, number: int) -> Case:
-        config = CASES[architecture][number]
-        path = make_checkpoint(tmp_path_factory.mktemp("tiny"), architecture, number, **config)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        path = tmp_path_factory.mktemp("tiny")
+        if architecture in CONFIGS:
+            model, one_by_one = make_family(path, architecture, number), False
+        else:
+            config = CASES[architecture][number]
+            make_checkpoint(path, architecture, number, **config)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            one_by_one = "dynamic" in str(config)  # see engine/layers/rope.py
         generator = torch.Generator().manual_seed(number)
         vocab = model.config.vocab_size
         prompts = {i: torch.randint(vocab, (n,), generator=generator).tolist() for i, n in enumerate(LENGTHS)}
-        one_by_one = "dynamic" in str(config)  # see engine/layers/rope.py
         return Case(path, prompts, {i: answer(model, prompt, one_by_one) for i, prompt in prompts.items()})
 
     return make
@@ -192,19 +214,25 @@ def assert_same(found: dict[int, tuple[list[int], Tensor]], expected: dict[int, 
 @pytest.mark.parametrize("kernels", FORMS)
 @pytest.mark.parametrize(("architecture", "number"), NUMBERED)
 def test_each_family_equals_transformers(case_of: Any, architecture: str, number: int, kernels: str) -> None:
-    """In one prefill, in chunks, and in a crowd: all probabilities after all tokens, and the greedy continuation."""
+    """In one prefill, in chunks, with a cached prefix, in a crowd: all tokens' probabilities, the greedy continuation.
+
+    The definitions are slow here: they do the crowd, in which all of that but one prefill occurs.
+    """
     case: Case = case_of(architecture, number)
     model = load(case.path, kernels)
-    alone, chunked = {}, {}
+    assert_same(generate(Driver(model, seed=number), case.prompts, most=17, seed=number), case.expected)
+    if kernels == "torch":
+        return
     for i, prompt in case.prompts.items():
-        alone |= generate(Driver(model, seed=i), {i: prompt}, most=10**6, seed=i)
-        chunked |= generate(Driver(model, seed=i), {i: prompt}, most=9, seed=i)
-    crowd = generate(Driver(model, seed=number), case.prompts, most=17, seed=number)
-    for found in (alone, chunked, crowd):
-        assert_same(found, case.expected)
+        driver = Driver(model, seed=i)
+        assert_same(generate(driver, {i: prompt}, most=10**6, seed=i), case.expected)
+        assert_same(generate(Driver(model, seed=i), {i: prompt}, most=9, seed=i), case.expected)
+        kept = driver.share(i, "again", len(prompt) - 1)
+        logprobs = driver.step({"again": prompt[kept:]})["again"]
+        torch.testing.assert_close(logprobs, case.expected[i][1][kept : len(prompt)], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *CONFIGS])
 def test_on_a_cpu_the_bits_do_not_depend_on_chunks_or_neighbours(case_of: Any, architecture: str) -> None:
     case: Case = case_of(architecture, 0)
     model = load(case.path, "cpu")
@@ -220,7 +248,7 @@ def test_the_drawn_distributions_are_far_from_flat(case_of: Any) -> None:
     for architecture, number in NUMBERED:
         logprobs = case_of(architecture, number).expected[0][1]
         entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
-        assert entropy < 0.75 * torch.tensor(logprobs.shape[-1]).log(), (architecture, number)
+        assert 0.02 < entropy / torch.tensor(logprobs.shape[-1]).log() < 0.75, (architecture, number)
         assert logprobs.std() > 1
 
 
