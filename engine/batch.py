@@ -25,5 +25,5 @@ class Batch:
     max_seq_len: int
 
 
-LayerCache = tuple[Tensor, Tensor]
-"""K and V of one layer, each [num_blocks, kv_heads, BLOCK_SIZE, head_dim]."""
+LayerCache = tuple[Tensor, ...]
+"""What one layer keeps (`ModelConfig.cache_heads`): K and V, each [num_blocks, kv_heads, BLOCK_SIZE, head_dim]."""

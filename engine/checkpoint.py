@@ -101,7 +101,7 @@ def _open(path: Path, *, is_dummy: bool) -> Checkpoint:
         return Checkpoint(path, config, generation_config, model_config, tensors, (*notes, NOTE), is_dummy=True)
     if config["architectures"][0] in TEXT_PARTS:
         notes = (*notes, "Only the model's text part is served; it sees no images.")
-    tensors = _named(_read_headers(path), config["architectures"][0] in TEXT_PARTS, model_config.architecture)
+    tensors = _named(_read_headers(path), config["architectures"][0] in TEXT_PARTS, model_config)
     return Checkpoint(path, config, generation_config, model_config, tensors, notes, find_schemes(config))
 
 
@@ -265,18 +265,18 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _named(tensors: dict[str, TensorInfo], has_other_parts: bool, architecture: str) -> dict[str, TensorInfo]:
+def _named(tensors: dict[str, TensorInfo], has_other_parts: bool, config: ModelConfig) -> dict[str, TensorInfo]:
     """Under the names that the family's layers ask for, without what is not theirs.
 
     The text part of a model that also sees has its tensors under `language_model.`, the prefix or a part of it.
     """
-    family = model_class(architecture)
+    family = model_class(config.architecture)
     found: dict[str, TensorInfo] = {}
     for in_file, info in tensors.items():
         if has_other_parts and not in_file.startswith(("language_model.", "model.language_model.", "lm_head.")):
             continue
         text = in_file.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
-        name = family.stored_name(text if has_other_parts else in_file)
+        name = family.stored_name(text if has_other_parts else in_file, config)
         if name is None:
             continue
         if name in found:

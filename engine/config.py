@@ -162,8 +162,9 @@ def asked_context(options: EngineOptions, model: ModelConfig) -> int:
 
 
 def block_bytes(model: ModelConfig, dtype: str) -> int:
-    """Keys and values of BLOCK_SIZE tokens in all layers."""
-    return 2 * model.num_layers * model.num_kv_heads * BLOCK_SIZE * model.head_dim * ITEM_BYTES[dtype]
+    """What all layers keep of BLOCK_SIZE tokens."""
+    numbers = sum(heads * features for heads, features in model.cache_heads)
+    return model.num_layers * numbers * BLOCK_SIZE * ITEM_BYTES[dtype]
 
 
 def workspace_bytes(config: EngineConfig, model: ModelConfig) -> int:

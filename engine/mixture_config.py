@@ -24,6 +24,10 @@ class MixtureConfig(ModelConfig):
     shared_size: int = 0  # intermediate features of the expert that sees every token; 0: there is none
     routed: tuple[bool, ...]  # per layer: experts, or one MLP of intermediate_size
 
+    def kernel_sizes(self) -> dict[str, int]:
+        experts = {"experts": self.num_experts, "top_k": self.routing.top_k, "expert_inner": self.expert_size}
+        return super().kernel_sizes() | experts
+
 
 def read_mixture(
     decoder: ModelConfig,
@@ -58,10 +62,3 @@ def read_mixture(
         shared_size=shared_size,
         routed=routed or (True,) * decoder.num_layers,
     )
-
-
-def expert_sizes(config: ModelConfig) -> dict[str, int]:
-    """The fields of kernels/selfcheck.py's Sizes that a mixture adds; empty for a dense model."""
-    if not isinstance(config, MixtureConfig):
-        return {}
-    return {"experts": config.num_experts, "top_k": config.routing.top_k, "expert_inner": config.expert_size}

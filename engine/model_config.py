@@ -56,6 +56,24 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str | None = None  # one of DTYPES, None where config.json does not say
 
+    @property
+    def cache_heads(self) -> tuple[tuple[int, int], ...]:
+        """(heads, features of each) of the tensors that a layer keeps for every token: K and V."""
+        return ((self.num_kv_heads, self.head_dim),) * 2
+
+    def kernel_sizes(self) -> dict[str, int]:
+        """What kernels/selfcheck.py's Sizes should say, but for the dtype."""
+        return {
+            "heads": self.num_heads,
+            "kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rotary": next((rope.rotary for rope in self.ropes if rope), self.head_dim),
+            "hidden": self.hidden_size,
+            "intermediate": self.intermediate_size,
+            "vocab": self.vocab_size,
+            "window": max(self.windows),
+        }
+
 
 def read_model_config(config: dict[str, Any], generation_config: dict[str, Any] | None = None) -> ModelConfig:
     """The model that a config.json describes. CheckpointError names the field, what it holds and what is expected."""

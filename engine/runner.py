@@ -28,7 +28,6 @@ from engine.errors import ConfigError, EngineError
 from engine.grammar import Grammars, Mask
 from engine.logprobs import prompt_logprobs, token_logprobs
 from engine.messages import BLOCK_SIZE, Decision, EngineOptions, Progress, Ready, SamplingParams, Submit, Vocabulary
-from engine.mixture_config import expert_sizes
 from engine.model_config import ModelConfig
 from engine.sampler import Sampler, failures, ids_in_vocabulary
 from engine.scheduler import Scheduler, StepPlan, StepResult
@@ -354,14 +353,14 @@ def _engine(config: EngineConfig, runner: ModelRunner) -> Engine:
 
 
 def allocate_caches(model: CausalLM, config: EngineConfig, device: Device) -> list[LayerCache]:
-    """K and V of every layer. Not initialised: on a CPU, pages that are never used never take memory."""
-    shape = (config.num_blocks, model.config.num_kv_heads, BLOCK_SIZE, model.config.head_dim)
+    """What every layer keeps. Not initialised: on a CPU, pages that are never used never take memory."""
     dtype = getattr(torch, config.dtype)
 
-    def empty() -> Tensor:
+    def empty(heads: int, features: int) -> Tensor:
+        shape = (config.num_blocks, heads, BLOCK_SIZE, features)
         return torch.empty(shape, dtype=dtype, device=device.torch_device)
 
-    return [(empty(), empty()) for _ in range(model.config.num_layers)]
+    return [tuple(empty(*each) for each in model.config.cache_heads) for _ in range(model.config.num_layers)]
 
 
 def warm_up(engine: Engine, config: EngineConfig) -> None:
@@ -423,18 +422,7 @@ def _check_kernels(model: ModelConfig, config: EngineConfig, machine: Machine, d
 
     wrong = selfcheck(
         device.torch_device,
-        sizes=Sizes(
-            heads=model.num_heads,
-            kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            rotary=model.head_dim,
-            hidden=model.hidden_size,
-            intermediate=model.intermediate_size,
-            vocab=model.vocab_size,
-            window=max(model.windows),
-            dtype=config.dtype,
-            **expert_sizes(model),
-        ),
+        sizes=Sizes(dtype=config.dtype, **model.kernel_sizes()),
     )
     if wrong:
         lines = [*wrong[:3], *([f"and {len(wrong) - 3} more"] if len(wrong) > 3 else [])]

@@ -20,6 +20,7 @@ class Kernels:
 
     name: str  # "torch" | "triton" | "cpu"
     paged_attention: Callable[..., Tensor]  # kernels/attention/definition.py
+    latent_attention: Callable[..., Tensor]  # kernels/attention/definition.py
     rope_kv: Callable[..., None]  # kernels/rope_kv.py
     rms_norm: Callable[..., Tensor]  # kernels/norm.py
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # kernels/norm.py
@@ -34,6 +35,7 @@ class Kernels:
 
 OPERATIONS = (
     "paged_attention",
+    "latent_attention",
     "rope_kv",
     "rms_norm",
     "add_rms_norm",
@@ -71,6 +73,7 @@ def definitions() -> Kernels:
     return Kernels(
         name="torch",
         paged_attention=definition.paged_attention,
+        latent_attention=definition.latent_attention,
         rope_kv=rope_kv.rope_kv,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
@@ -91,6 +94,7 @@ def _triton() -> Kernels:
     return Kernels(
         name="triton",
         paged_attention=triton.paged_attention,
+        latent_attention=triton.latent_attention,
         rope_kv=rope_kv.rope_kv_triton,
         rms_norm=norm.rms_norm_triton,
         add_rms_norm=norm.add_rms_norm_triton,
@@ -110,6 +114,7 @@ def _cpu() -> Kernels:
     return Kernels(
         name="cpu",
         paged_attention=cpu.paged_attention,
+        latent_attention=cpu.latent_attention,
         rope_kv=cpu.rope_kv,
         rms_norm=cpu.rms_norm,
         add_rms_norm=cpu.add_rms_norm,

@@ -20,12 +20,12 @@ from kernels.jit import OPTIONS, jit, next_power_of_2, tl
 def rope_kv(
     q_THE: Tensor,
     k_TKE: Tensor,
-    v_TKE: Tensor,
+    v_TKE: Tensor | None,
     cos_sin: Tensor,
     positions: Tensor,
     slot_mapping: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     *,
     interleaved: bool = False,
     q_scale: Tensor | None = None,
@@ -35,8 +35,9 @@ def rope_kv(
     cos_sin float32 [max_pos, rot]: cosines, then sines, of rot / 2 angles; the first rot <= E features are rotated,
     feature i with feature i + rot / 2 (the half-split of GPT-NeoX), interleaved feature 2i with 2i + 1 (GPT-J). rot 0
     rotates nothing. positions int64 [T]; slot_mapping int64 [T] is block * P + offset, and -1 writes nothing. q, k and
-    v may be strided views whose last dimension is contiguous. q_scale float32 [max_pos]: q is multiplied by its
-    position's entry. Angles and scale are applied in float32 (float64 stays) and rounded once. k is left as it was.
+    v may be strided views whose last dimension is contiguous. Without v and its cache only k is kept. q_scale float32
+    [max_pos]: q is multiplied by its position's entry. Angles and scale are applied in float32 (float64 stays) and
+    rounded once. k is left as it was.
     """
     angles = cos_sin[positions]
     scale_T11 = 1.0 if q_scale is None else q_scale[positions][:, None, None]
@@ -44,7 +45,8 @@ def rope_kv(
     kept = slot_mapping >= 0
     block, offset = slot_mapping[kept] // k_cache.shape[2], slot_mapping[kept] % k_cache.shape[2]
     k_cache[block, :, offset] = _rotate(k_TKE, angles, interleaved).to(k_TKE.dtype)[kept].to(k_cache.dtype)
-    v_cache[block, :, offset] = v_TKE[kept].to(v_cache.dtype)
+    if v_TKE is not None and v_cache is not None:
+        v_cache[block, :, offset] = v_TKE[kept].to(v_cache.dtype)
 
 
 def _rotate(x_THE: Tensor, cos_sin_TR: Tensor, interleaved: bool) -> Tensor:
@@ -70,6 +72,7 @@ def _rope_kv(
     q_stride, k_stride, v_stride, block_stride, head_stride,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, ROT: tl.constexpr, PAGE: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE: tl.constexpr,
+    VALUES: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, cdiv(H, HEADS) + cdiv(K, HEADS)). ROT features are rotated; BLOCK_R, BLOCK_E: ROT / 2, E padded."""
     STEP: tl.constexpr = 2 if INTERLEAVED else 1  # from one angle's first feature to the next's
@@ -120,12 +123,21 @@ def _rope_kv(
     if ROT < E:  # the rest of k goes as it is
         rest = is_item & (feature >= ROT)
         tl.store(to_k + feature, tl.load(at + feature, mask=rest).to(k_cache_ptr.dtype.element_ty), mask=rest)
-    v = tl.load(v_ptr + token * v_stride + (head * E)[:, None] + feature, mask=is_item)
-    tl.store(v_cache_ptr + to[:, None] + feature, v.to(v_cache_ptr.dtype.element_ty), mask=is_item)
+    if VALUES:
+        v = tl.load(v_ptr + token * v_stride + (head * E)[:, None] + feature, mask=is_item)
+        tl.store(v_cache_ptr + to[:, None] + feature, v.to(v_cache_ptr.dtype.element_ty), mask=is_item)
 
 
 def constants(
-    heads: int, kv_heads: int, head_dim: int, rot: int, page: int, *, interleaved: bool = False, scale: bool = False
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rot: int,
+    page: int,
+    *,
+    interleaved: bool = False,
+    scale: bool = False,
+    values: bool = True,
 ) -> dict[str, Any]:
     """`_rope_kv`'s compile-time constants and launch options. Query heads that nothing changes are skipped."""
     return {
@@ -139,6 +151,7 @@ def constants(
         "BLOCK_E": next_power_of_2(head_dim),
         "INTERLEAVED": interleaved,
         "SCALE": scale,
+        "VALUES": values,
         "num_warps": 4 if head_dim > 128 else 2,
     }
 
@@ -146,29 +159,30 @@ def constants(
 def rope_kv_triton(
     q_THE: Tensor,
     k_TKE: Tensor,
-    v_TKE: Tensor,
+    v_TKE: Tensor | None,
     cos_sin: Tensor,
     positions: Tensor,
     slot_mapping: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     *,
     interleaved: bool = False,
     q_scale: Tensor | None = None,
 ) -> None:
     """rope_kv on a GPU, in one launch. Heads of q, k and v must be contiguous within a token."""
     (tokens, heads, head_dim), kv_heads = q_THE.shape, k_TKE.shape[1]
-    assert all(x.stride()[1:] == (head_dim, 1) for x in (q_THE, k_TKE, v_TKE))
+    v, v_cache = (k_TKE, k_cache) if v_TKE is None or v_cache is None else (v_TKE, v_cache)
+    assert all(x.stride()[1:] == (head_dim, 1) for x in (q_THE, k_TKE, v))
     assert cos_sin.is_contiguous()
     assert k_cache.stride() == v_cache.stride()
     assert k_cache.stride()[2:] == (head_dim, 1)
     chosen = constants(
         heads, kv_heads, head_dim, cos_sin.shape[1], k_cache.shape[2], interleaved=interleaved,
-        scale=q_scale is not None,
+        scale=q_scale is not None, values=v_TKE is not None,
     )  # fmt: skip
     _rope_kv[(tokens, -(-chosen["H"] // HEADS) + -(-kv_heads // HEADS))](
-        q_THE, k_TKE, v_TKE, cos_sin, positions, slot_mapping, k_cache, v_cache,
+        q_THE, k_TKE, v, cos_sin, positions, slot_mapping, k_cache, v_cache,
         cos_sin if q_scale is None else q_scale,
-        q_THE.stride(0), k_TKE.stride(0), v_TKE.stride(0), k_cache.stride(0), k_cache.stride(1),
+        q_THE.stride(0), k_TKE.stride(0), v.stride(0), k_cache.stride(0), k_cache.stride(1),
         **chosen, **OPTIONS,
     )  # fmt: skip

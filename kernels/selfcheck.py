@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Sizes:
     intermediate: int = 14336
     vocab: int = 32000
     window: int = 0
+    latent: int = 0  # features of a compressed cache's values; in front of them are the `rotary` ones of its keys
     experts: int = 0  # of a mixture's layer; the routing's own fields stay at their defaults here
     top_k: int = 0
     expert_inner: int = 0
@@ -142,26 +144,42 @@ def _random(generator: torch.Generator, sizes: Sizes, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, device=generator.device).to(dtype)
 
 
-def _check_attention(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
-    """A batch of decodes with long, short and no contexts, so that contexts are split; then a mixture with chunks."""
-    pairs = []
+def _steps(sizes: Sizes, generator: torch.Generator) -> list[tuple[int, int, tuple[Tensor, ...], dict[str, Any]]]:
+    """(tokens, blocks, starts lengths and tables, limits) of decodes with long, short and no contexts, so that contexts
+    are split; then of a mixture with chunks."""
+    steps: list[tuple[int, int, tuple[Tensor, ...], dict[str, Any]]] = []
     for lengths in ([(1, 1500), (1, 17), (1, 0), (1, 16)], [(70, 200), (1, 333), (33, 33), (2, 40)]):
         counts, totals = zip(*lengths, strict=True)
-        columns = -(-max(totals) // PAGE)
+        columns, device = -(-max(totals) // PAGE), generator.device
         blocks = columns * len(lengths)
+        table = torch.randperm(blocks, generator=generator, device=device).view(-1, columns).int()
+        starts = torch.tensor([0, *counts], device=device).cumsum(0).int()
+        limits = {"max_query_len": max(counts), "max_seq_len": max(totals)}
+        steps.append((sum(counts), blocks, (starts, torch.tensor(totals, device=device).int(), table), limits))
+    return steps
+
+
+def _check_attention(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    pairs: list[Pair] = []
+    for tokens, blocks, args, limits in _steps(sizes, generator) if not sizes.latent else []:
         cache = _random(generator, sizes, 2, blocks, sizes.kv_heads, PAGE, sizes.head_dim)
-        q = _random(generator, sizes, sum(counts), sizes.heads, sizes.head_dim)
-        table = torch.randperm(blocks, generator=generator, device=q.device).view(-1, columns).int()
-        starts = torch.tensor([0, *counts], device=q.device).cumsum(0).int()
-        seq_lens = torch.tensor(totals, device=q.device).int()
-        limits = {"max_query_len": max(counts), "max_seq_len": max(totals), "window": sizes.window}
-        args = (starts, seq_lens, table)
-        scale = sizes.head_dim**-0.5
-        got = kernels.paged_attention(q, cache[0], cache[1], *args, scale=scale, **limits)
-        want = definitions().paged_attention(
-            q.double(), cache[0].double(), cache[1].double(), *args, scale=scale, **limits
-        )
+        q = _random(generator, sizes, tokens, sizes.heads, sizes.head_dim)
+        limits |= {"window": sizes.window, "scale": sizes.head_dim**-0.5}
+        got = kernels.paged_attention(q, cache[0], cache[1], *args, **limits)
+        want = definitions().paged_attention(q.double(), cache[0].double(), cache[1].double(), *args, **limits)
         pairs.append((got, want))
+    return pairs
+
+
+def _check_latent_attention(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    pairs: list[Pair] = []
+    for tokens, blocks, args, limits in _steps(sizes, generator) if sizes.latent else []:
+        features = sizes.latent + sizes.rotary
+        cache = _random(generator, sizes, blocks, 1, PAGE, features)
+        q = _random(generator, sizes, tokens, sizes.heads, features)
+        limits |= {"rank": sizes.latent, "scale": features**-0.5}
+        got = kernels.latent_attention(q, cache, *args, **limits)
+        pairs.append((got, definitions().latent_attention(q.double(), cache.double(), *args, **limits)))
     return pairs
 
 
@@ -303,6 +321,7 @@ def _check_sample(kernels: Kernels, sizes: Sizes, generator: torch.Generator) ->
 
 CHECKS: dict[str, Callable[[Kernels, Sizes, torch.Generator], list[Pair]]] = {
     "paged_attention": _check_attention,
+    "latent_attention": _check_latent_attention,
     "rope_kv": _check_rope_kv,
     "rms_norm": _check_rms_norm,
     "add_rms_norm": _check_add_rms_norm,

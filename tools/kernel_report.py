@@ -115,6 +115,8 @@ def cases(quick: bool) -> list[Case]:
             found += attention_cases(target, 256, 2, window=True, soft_cap=True)  # Gemma 2
             found += attention_cases(target, 128, 4, dtype="fp32")
         found += attention_cases(target, 64, 8, window=True, sinks=True)  # gpt-oss
+        found += attention_cases(target, 512, plan.LATENT_GROUP, key=64)  # DeepSeek-V2 and V3
+        found += [combine_case(target, 512, plan.LATENT_GROUP)]
         found += small_cases(target, quick)
         found += [*expert_cases(target, 128, 8, 2048, 768)][:: 3 if quick else 1]  # Qwen3-30B-A3B
         if not quick:
@@ -132,6 +134,7 @@ def attention_cases(
     window: bool = False,
     soft_cap: bool = False,
     sinks: bool = False,
+    key: int = 0,
     dtype: str = "bf16",
 ) -> Iterable[Case]:
     """The short and the long launch."""
@@ -141,9 +144,11 @@ def attention_cases(
     for short in (True, False):
         tile = plan.tile(target, head_dim, group, item_bytes, short=short)
         length = "short" if short else "long"
-        shape = " ".join((length, f"E{head_dim}", f"G{group}", *extras, f"{tile.rows}x{tile.keys}"))
-        constants = attention.constants(head_dim, group, 16, tile, short, window, soft_cap, sinks)
-        kv_bytes = 2 * item_bytes * tile.keys * head_dim if short else 0
+        shape = " ".join(
+            (length, f"E{head_dim}" + (f"+{key}" if key else ""), f"G{group}", *extras, f"{tile.rows}x{tile.keys}")
+        )
+        constants = attention.constants(head_dim, group, 16, tile, short, window, soft_cap, sinks, key)
+        kv_bytes = item_bytes * tile.keys * (head_dim + key if key else 2 * head_dim) if short else 0
         yield Case(target, "attention", shape, constants, tile.options(), dtype, kv_bytes)
 
 

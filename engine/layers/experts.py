@@ -46,7 +46,7 @@ class Router:
         read(f"{self.name}.weight", weight)
         self.weight = pack(weight.float(), form_of(self.kernels.name))
         if self.has_bias:
-            bias = torch.empty(self.num_experts, dtype=place.dtype, device=place.device)
+            bias = torch.empty(self.num_experts, dtype=place.vectors, device=place.device)
             read(f"{self.name}.bias", bias)
             self.bias = bias.float()
         if self.correction:

@@ -22,6 +22,6 @@ class Vector:
         return {self.name: (self.size,)}
 
     def load(self, read: Read, place: Placement) -> None:
-        stored = torch.empty(self.size, dtype=place.dtype, device=place.device)
+        stored = torch.empty(self.size, dtype=place.vectors, device=place.device)
         read(self.name, stored)
         self.value = stored.to(place.activations)

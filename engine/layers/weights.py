@@ -19,6 +19,7 @@ from engine.layers.experts import (
     StackedExperts,
     StoredExperts,
 )
+from engine.layers.latent import HeadProjections, LatentAttention
 from engine.layers.linear import Conv1D, Linear
 from engine.layers.norm import NORMS, Norm
 from engine.layers.placement import Layer
@@ -82,6 +83,14 @@ class Weights:
         """Layers with the same rope share its table."""
         table = self.tables.setdefault(rope, RotaryTable(rope))
         return PagedAttention(self.kernels, table, scale, window, soft_cap)
+
+    def latent_attention(self, rope: Rope | None, scale: float, rank: int) -> LatentAttention:
+        return LatentAttention(self.kernels, self.tables.setdefault(rope, RotaryTable(rope)), scale, rank)
+
+    def head_projections(self, name: str, heads: int, key_size: int, value_size: int, rank: int) -> HeadProjections:
+        layer = HeadProjections(self.prefix + name, heads, key_size, value_size, rank, self.kernels)
+        self.layers.append(layer)
+        return layer
 
     def norm(self, name: str, size: int, eps: float, kind: str = "rms") -> Norm:
         """`kind` is one of engine/layers/norm.py's NORMS."""

@@ -21,6 +21,8 @@ FAMILIES = {
     "GemmaForCausalLM": "gemma",
     "Glm4ForCausalLM": "glm",
     "GlmForCausalLM": "glm",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
     "GptOssForCausalLM": "gpt_oss",
     "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",

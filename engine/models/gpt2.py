@@ -51,7 +51,7 @@ class GPT2LMHeadModel(LlamaForCausalLM):
     config: GPT2Config
 
     @staticmethod
-    def stored_name(name: str) -> str | None:
+    def stored_name(name: str, config: ModelConfig) -> str | None:
         """The first checkpoints hold the decoder alone, so without a prefix."""
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             return None

@@ -41,7 +41,7 @@ class LlamaForCausalLM:
     EMBEDDING: ClassVar = "model.embed_tokens"
 
     @staticmethod
-    def stored_name(name: str) -> str | None:
+    def stored_name(name: str, config: ModelConfig) -> str | None:
         """The name by which `shapes()` knows a checkpoint's tensor; None for a buffer that nobody needs."""
         return None if name.endswith(".rotary_emb.inv_freq") else name  # older transformers saved it
 
@@ -100,7 +100,13 @@ class LlamaForCausalLM:
 class DecoderLayer:
     """h = r + attention(norm(r)); h + mlp(norm(h)). The last addition is left to whoever norms next."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention, mlp: Block):
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        attention: Callable[[Tensor, Batch, LayerCache], Tensor],
+        mlp: Block,
+    ):
         norm = (config.hidden_size, config.norm_eps, config.norm)
         self.input_layernorm = weights.norm("input_layernorm", *norm)
         self.self_attn = attention

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,28 @@ def paged_attention(
             v_LKE = _gather(v_NKPE, block_tables[s], length)
             out[rows] = _attend(q_THE[rows], k_LKE, v_LKE, scale, window, soft_cap, sinks).to(out.dtype)
     return out
+
+
+def latent_attention(
+    q_THF: Tensor,
+    cache_N1PF: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    rank: int,
+) -> Tensor:
+    """Attention over a compressed cache; returns [T, H, rank]. DeepSeek-V2, arXiv 2405.04434, section 2.1.
+
+    A position's F features are its one key for all heads; the last `rank` of them are its value as well. So the heads'
+    own projections of keys and values are the caller's, applied to q and to the result. Else as `paged_attention`.
+    """
+    limits: dict[str, Any] = {"max_query_len": max_query_len, "max_seq_len": max_seq_len, "scale": scale}
+    out = paged_attention(q_THF, cache_N1PF, cache_N1PF, query_start, seq_lens, block_tables, **limits)
+    return out[..., -rank:]
 
 
 def _gather(cache_NKPE: Tensor, table: Tensor, length: int) -> Tensor:

@@ -33,19 +33,35 @@ class Tile:
 # "short": sequences with few new tokens (decode); bound by memory, so what counts is bytes in flight.
 # "long": prefill chunks; bound by the tensor cores, so rows are as many as registers allow.
 SHORT: dict[str, dict[int, Tile]] = {
-    "sm_80": {64: Tile(16, 128, 4, 3, 128), 128: Tile(16, 64, 4, 3, 128), 256: Tile(16, 32, 4, 3, 168)},
-    "sm_90": {64: Tile(16, 128, 4, 3, 128), 128: Tile(16, 64, 4, 3, 128), 256: Tile(16, 32, 4, 3, 168)},
-    "sm_100": {64: Tile(16, 128, 4, 3, 128), 128: Tile(16, 64, 4, 3, 128), 256: Tile(16, 32, 4, 3, 168)},
-    "gfx942": {64: Tile(16, 64, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 32, 4, 1)},
+    "sm_80": {
+        64: Tile(16, 128, 4, 3, 128),
+        128: Tile(16, 64, 4, 3, 128),
+        256: Tile(16, 32, 4, 3, 168),
+        512: Tile(16, 32, 4, 2),
+    },
+    "sm_90": {
+        64: Tile(16, 128, 4, 3, 128),
+        128: Tile(16, 64, 4, 3, 128),
+        256: Tile(16, 32, 4, 3, 168),
+        512: Tile(16, 32, 4, 2),
+    },
+    "sm_100": {
+        64: Tile(16, 128, 4, 3, 128),
+        128: Tile(16, 64, 4, 3, 128),
+        256: Tile(16, 32, 4, 3, 168),
+        512: Tile(16, 32, 4, 2),
+    },
+    "gfx942": {64: Tile(16, 64, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 32, 4, 1), 512: Tile(16, 32, 4, 1)},
 }
 LONG: dict[str, dict[int, Tile]] = {
-    "sm_80": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3)},
-    "sm_90": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 3)},
-    "sm_100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 3)},
-    "gfx942": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1)},
+    "sm_80": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3), 512: Tile(32, 32, 8, 2)},
+    "sm_90": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 3), 512: Tile(32, 32, 8, 2)},
+    "sm_100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 3), 512: Tile(64, 32, 8, 2)},
+    "gfx942": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1), 512: Tile(32, 16, 8, 1)},
 }
 # float32 products are exact ("ieee") and so not the tensor cores'; such a model is for checking, not for speed.
 FLOAT32 = Tile(16, 16, 4, 2)
+LATENT_GROUP = 16  # query heads that a program takes of those that share a compressed cache: a short tile's rows
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -63,7 +79,7 @@ def target_name(capability: tuple[int, int], hip: bool) -> str:
 def tile(target: str, head_dim: int, group: int, item_bytes: int, *, short: bool) -> Tile:
     """The tile for a head size, a number of query heads per kv head, and the bytes of one number of q."""
     sizes = (SHORT if short else LONG)[target]
-    chosen = FLOAT32 if item_bytes == 4 else sizes[min(256, max(64, padded_head_dim(head_dim)))]
+    chosen = FLOAT32 if item_bytes == 4 else sizes[min(512, max(64, padded_head_dim(head_dim)))]
     rows = max(chosen.rows, 1 << (group - 1).bit_length())  # one query's whole group must fit
     return replace(chosen, rows=rows)
 

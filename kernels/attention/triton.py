@@ -13,6 +13,7 @@ is a compile-time constant, and grids depend only on the number of tokens and se
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -71,19 +72,24 @@ def _load(pointers, feature, E: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @jit()
 def _walk(
-    acc, peak, total, q, position, k_base, v_base, table, low, high, last, block_stride, scale, soft_cap, window,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
+    acc, peak, total, q, q_key, position, k_base, v_base, table, low, high, last, block_stride, scale, soft_cap, window,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, KEY: tl.constexpr, BLOCK_KEY: tl.constexpr, PAGE: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
     """Takes keys [low, high) into the online softmax: acc [ROWS, E], peak and total [ROWS], scores in base 2."""
     feature = tl.arange(0, BLOCK_E)
+    key_feature = tl.arange(0, BLOCK_KEY)
     for begin in range(low, high, KEYS):
         key = begin + tl.arange(0, KEYS)
         at = tl.minimum(key, last) if MASKED else key  # what lies beyond is read as the last key, then masked
         block = tl.load(table + at // PAGE).to(tl.int64)
-        offset = (block * block_stride + (at % PAGE) * E)[:, None] + feature[None, :]
-        k = _load(k_base + offset, feature, E, BLOCK_E).to(q.dtype)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        offset = (block * block_stride + (at % PAGE) * (KEY + E))[:, None]
+        k = _load(k_base + KEY + offset + feature[None, :], feature, E, BLOCK_E).to(q.dtype)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if KEY:
+            only_key = _load(k_base + offset + key_feature[None, :], key_feature, KEY, BLOCK_KEY).to(q.dtype)
+            score = tl.dot(q_key, tl.trans(only_key), score, input_precision="ieee")
+        score = score * scale
         if SOFT_CAP:  # tanh(y) = 1 - 2 / (e^2y + 1), right at both infinities
             score = soft_cap * LOG2_E * (1 - 2 / (tl.exp2(score * (2 * LOG2_E) / soft_cap) + 1))
         if MASKED:
@@ -95,7 +101,7 @@ def _walk(
         weight = tl.exp2(score - new_peak[:, None])
         fade = tl.exp2(peak - new_peak)
         total = total * fade + tl.sum(weight, 1)
-        v = _load(v_base + offset, feature, E, BLOCK_E).to(q.dtype)
+        v = k if KEY else _load(v_base + offset + feature[None, :], feature, E, BLOCK_E).to(q.dtype)
         acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         peak = new_peak
     return acc, peak, total
@@ -105,11 +111,14 @@ def _walk(
 def _attention(
     out_ptr, part_ptr, part_peak_ptr, q_ptr, k_ptr, v_ptr, query_start_ptr, seq_lens_ptr, table_ptr, sinks_ptr,
     scale, soft_cap, window, num_seqs, num_splits, fewest, most, q_stride, block_stride, head_stride, table_stride,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, KEY: tl.constexpr, BLOCK_KEY: tl.constexpr, GROUP: tl.constexpr,
+    PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     SHORT: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, K, num_splits). With one split writes out; else the split's o and log2-sum-exp for `_combine`."""
+    """Grid (tiles, K, num_splits). With one split writes out; else the split's o and log2-sum-exp for `_combine`.
+
+    KEY > 0 is a compressed cache: rows of q and of the cache have KEY more features in front, which are no values.
+    """
     QUERIES: tl.constexpr = ROWS // GROUP
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq, start, first, queries = _locate(query_start_ptr, num_seqs, tile, fewest, most, SHORT, QUERIES)
@@ -124,7 +133,12 @@ def _attention(
     feature = tl.arange(0, BLOCK_E)
     is_item = is_row[:, None] & (feature[None, :] < E)
     token = (start + query).to(tl.int64)
-    q = tl.load(q_ptr + (token * q_stride + head * E)[:, None] + feature[None, :], mask=is_item, other=0.0)
+    q_row = q_ptr + (token * q_stride + head * (KEY + E))[:, None]
+    q = tl.load(q_row + KEY + feature[None, :], mask=is_item, other=0.0)
+    q_key = q
+    if KEY:
+        key_feature = tl.arange(0, BLOCK_KEY)[None, :]
+        q_key = tl.load(q_row + key_feature, mask=is_row[:, None] & (key_feature < KEY), other=0.0)
 
     low, whole, high = _key_range(length, queries, first, split, num_splits, window, QUERIES, KEYS, WINDOW)
     acc = tl.zeros([ROWS, BLOCK_E], tl.float32)
@@ -139,12 +153,12 @@ def _attention(
     k_base, v_base = k_ptr + kv_head.to(tl.int64) * head_stride, v_ptr + kv_head.to(tl.int64) * head_stride
     if not WINDOW:
         acc, peak, total = _walk(
-            acc, peak, total, q, position, k_base, v_base, table, low, whole, length - 1, block_stride, score_scale,
-            soft_cap, window, E, BLOCK_E, PAGE, KEYS, False, WINDOW, SOFT_CAP,
+            acc, peak, total, q, q_key, position, k_base, v_base, table, low, whole, length - 1, block_stride,
+            score_scale, soft_cap, window, E, BLOCK_E, KEY, BLOCK_KEY, PAGE, KEYS, False, WINDOW, SOFT_CAP,
         )  # fmt: skip
     acc, peak, total = _walk(
-        acc, peak, total, q, position, k_base, v_base, table, whole, high, length - 1, block_stride, score_scale,
-        soft_cap, window, E, BLOCK_E, PAGE, KEYS, True, WINDOW, SOFT_CAP,
+        acc, peak, total, q, q_key, position, k_base, v_base, table, whole, high, length - 1, block_stride, score_scale,
+        soft_cap, window, E, BLOCK_E, KEY, BLOCK_KEY, PAGE, KEYS, True, WINDOW, SOFT_CAP,
     )  # fmt: skip
 
     denominator = tl.where(total > 0, total, 1.0)  # a row that sees nothing: zeros
@@ -211,12 +225,15 @@ def _combine(
 
 
 def constants(
-    head_dim: int, group: int, page: int, tile: plan.Tile, short: bool, window: bool, soft_cap: bool, sinks: bool
-) -> dict[str, Any]:
+    head_dim: int, group: int, page: int, tile: plan.Tile, short: bool, window: bool, soft_cap: bool, sinks: bool,
+    key: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """`_attention`'s compile-time constants: nothing but the model's shape and the tile."""
     return {
         "E": head_dim,
         "BLOCK_E": plan.padded_head_dim(head_dim),
+        "KEY": key,
+        "BLOCK_KEY": plan.padded_head_dim(key) if key else 1,
         "GROUP": group,
         "PAGE": page,
         "ROWS": tile.rows,
@@ -282,12 +299,40 @@ def paged_attention(
     return out
 
 
+def latent_attention(
+    q_THF: Tensor,
+    cache_N1PF: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    rank: int,
+) -> Tensor:
+    """kernels.attention.definition.latent_attention: programs take LATENT_GROUP heads, all of which share the cache."""
+    target, multiprocessors = device_facts(q_THF.device)
+    tokens, heads, features = q_THF.shape
+    assert q_THF.stride()[1:] == cache_N1PF.stride()[2:] == (features, 1)
+    assert block_tables.stride(1) == 1
+    group = math.gcd(heads, plan.LATENT_GROUP)
+    shared = cache_N1PF.expand(-1, heads // group, -1, -1)  # as if there were kv heads, all in one place
+    out = torch.empty((tokens, heads, rank), dtype=q_THF.dtype, device=q_THF.device)
+    tensors = (q_THF, shared, shared, query_start, seq_lens, block_tables, None)
+    item_bytes = q_THF.element_size()
+    for launch in plan.launches(target, tokens, seq_lens.shape[0], group, rank, item_bytes, max_query_len):
+        num_splits = plan.splits(launch.tiles * heads // group, max_seq_len, multiprocessors)
+        _launch(out, tensors, launch, num_splits, scale, 0, 0.0)
+    return out
+
+
 def _launch(
     out: Tensor, tensors: tuple[Any, ...], launch: plan.Launch, num_splits: int, scale: float, window: int, cap: float
 ) -> None:
     """One launch of `_attention`, and of `_combine` when contexts are split."""
     q, k, v, query_start, seq_lens, block_tables, sinks = tensors
-    kv_heads, page, head_dim = k.shape[1:]
+    kv_heads, page, head_dim = k.shape[1], k.shape[2], out.shape[2]
     group, tile = q.shape[1] // kv_heads, launch.tile
     grid = (launch.tiles, kv_heads, num_splits)
     workspace = (*grid, tile.rows) if num_splits > 1 else (1,)
@@ -298,7 +343,8 @@ def _launch(
     _attention[grid](
         out, parts, part_peaks, q, k, v, query_start, seq_lens, block_tables, sinks_or_any,
         scale, cap, window, *who, q.stride(0), k.stride(0), k.stride(1), block_tables.stride(0),
-        **constants(head_dim, group, page, tile, launch.short, window > 0, cap > 0, sinks is not None),
+        **constants(head_dim, group, page, tile, launch.short, window > 0, cap > 0, sinks is not None,
+                    key=k.shape[3] - head_dim),
         **tile.options(), **OPTIONS,
     )  # fmt: skip
     if num_splits > 1:

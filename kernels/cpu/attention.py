@@ -306,6 +306,24 @@ def paged_attention(
     return out if q_THE.dtype is torch.float32 else out.to(q_THE.dtype)
 
 
+def latent_attention(
+    q_THF: Tensor,
+    cache_N1PF: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    max_query_len: int,
+    max_seq_len: int,
+    scale: float,
+    rank: int,
+) -> Tensor:
+    """As the definition: the values' products with the key's own features are made for nothing, an eighth of them."""
+    limits: dict[str, Any] = {"max_query_len": max_query_len, "max_seq_len": max_seq_len, "scale": scale}
+    out = paged_attention(q_THF, cache_N1PF, cache_N1PF, query_start, seq_lens, block_tables, **limits)
+    return out[..., -rank:]
+
+
 def _check(k_NKPE: Tensor, v_NKPE: Tensor, e: int, *indices: Tensor) -> None:
     page, dtype = k_NKPE.shape[2], k_NKPE.dtype
     for cache in (k_NKPE, v_NKPE):

@@ -84,7 +84,6 @@ def _rope_tokens(kind: Any, element: int) -> Any:
             for h in range(word(call, KV_HEADS)):
                 inside = (h * page + slot % page) * size * element
                 k = word(call, K) + t * word(call, K_TOKEN) + h * word(call, K_HEAD)
-                v = word(call, V) + t * word(call, V_TOKEN) + h * word(call, V_HEAD)
                 _rotate(
                     kind,
                     element,
@@ -95,7 +94,9 @@ def _rope_tokens(kind: Any, element: int) -> Any:
                     word(call, K_CACHE) + slot // page * word(call, K_BLOCK) + inside,
                     interleaved,
                 )
-                _copy(kind, element, v, 0, size, word(call, V_CACHE) + slot // page * word(call, V_BLOCK) + inside)
+                if word(call, V) != 0:
+                    v = word(call, V) + t * word(call, V_TOKEN) + h * word(call, V_HEAD)
+                    _copy(kind, element, v, 0, size, word(call, V_CACHE) + slot // page * word(call, V_BLOCK) + inside)
 
     return rope_tokens
 
@@ -109,12 +110,12 @@ def task(dtype: torch.dtype) -> int:
 def rope_kv(
     q_THE: Tensor,
     k_TKE: Tensor,
-    v_TKE: Tensor,
+    v_TKE: Tensor | None,
     cos_sin: Tensor,
     positions: Tensor,
     slot_mapping: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     *,
     interleaved: bool = False,
     q_scale: Tensor | None = None,
@@ -123,6 +124,8 @@ def rope_kv(
 
     ValueError for dtypes and layouts that the engine does not make.
     """
+    values = 0 if v_TKE is None or v_cache is None else v_TKE.data_ptr()
+    v_TKE, v_cache = (k_TKE, k_cache) if v_TKE is None or v_cache is None else (v_TKE, v_cache)
     q_steps, k_steps, v_steps = q_THE.stride(), k_TKE.stride(), v_TKE.stride()
     k_cache_steps, v_cache_steps = k_cache.stride(), v_cache.stride()
     (tokens, heads, e), (kv_heads, page) = q_THE.shape, k_cache.shape[1:3]
@@ -143,7 +146,7 @@ def rope_kv(
     positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
     call = describe(
         "26q", q_THE.data_ptr(), 4 * q_steps[0], 4 * q_steps[1], turned, k_TKE.data_ptr(), 4 * k_steps[0],
-        4 * k_steps[1], v_TKE.data_ptr(), 4 * v_steps[0], 4 * v_steps[1], kv_heads, e, cos_sin.shape[1],
+        4 * k_steps[1], values, 4 * v_steps[0], 4 * v_steps[1], kv_heads, e, cos_sin.shape[1],
         cos_sin.data_ptr(), 4 * cos_sin.stride(0), positions.data_ptr(), slot_mapping.data_ptr(), k_cache.data_ptr(),
         element * k_cache_steps[0], v_cache.data_ptr(), element * v_cache_steps[0], page, tokens, per_task,
         int(interleaved), 0 if q_scale is None else q_scale.data_ptr(),

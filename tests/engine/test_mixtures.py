@@ -48,6 +48,41 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 1.5},
         {"num_experts": 4, "norm_topk_prob": True, "attention_bias": True},
     ],
+    "deepseek_v2": [
+        {
+            "n_group": 3,
+            "topk_group": 2,
+            "n_routed_experts": 9,
+            "topk_method": "group_limited_greedy",
+            "q_lora_rank": 20,
+        },
+        {
+            "n_routed_experts": 6,
+            "q_lora_rank": None,
+            "routed_scaling_factor": 4.0,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7},
+            "attention_bias": True,
+        },
+    ],
+    "deepseek_v3": [
+        {
+            "n_group": 4,
+            "topk_group": 2,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 5,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+            "q_lora_rank": 20,
+        },
+        {
+            "n_group": 1,
+            "topk_group": 1,
+            "n_routed_experts": 5,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+        },
+    ],
     "gpt_oss": [
         {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 20, "swiglu_limit": 1.0},
         {
@@ -59,6 +94,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
         },
     ],
 }
+LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+DEEPSEEK = {**LATENT, "moe_intermediate_size": 20, "n_shared_experts": 2, "first_k_dense_replace": 1}
 NUMBERED = [(family, i) for family in CASES for i in range(len(CASES[family]))]
 
 
@@ -79,6 +116,9 @@ def random_model(family: str, number: int) -> PreTrainedModel:
     sizes |= {"hidden_size": sizes["num_attention_heads"] * head_dim, "head_dim": head_dim}
     if family != "olmoe":  # whose norms take hidden_size for granted
         sizes["hidden_size"] = sizes["num_attention_heads"] * 12
+    if family.startswith("deepseek"):
+        sizes = {**sizes, **DEEPSEEK, "num_key_value_heads": sizes["num_attention_heads"]}
+        del sizes["head_dim"]
     config = AutoConfig.for_model(family, **{**sizes, **CASES[family][number]})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
     generator = torch.Generator().manual_seed(number)

@@ -79,10 +79,11 @@ class Driver:
     """Feeds any number of sequences to a model, some tokens of each per step; keeps caches and block tables."""
 
     def __init__(self, model: LlamaForCausalLM, seed: int, dtype: torch.dtype = torch.float32):
-        shape = (40, model.config.num_kv_heads, BLOCK_SIZE, model.config.head_dim)
         self.model = model
-        self.caches = [(torch.full(shape, torch.nan, dtype=dtype),) * 2 for _ in range(model.config.num_layers)]
-        self.caches = [(k.clone(), v.clone()) for k, v in self.caches]
+        shapes = [(40, heads, BLOCK_SIZE, features) for heads, features in model.config.cache_heads]
+        self.caches = [
+            tuple(torch.full(shape, torch.nan, dtype=dtype) for shape in shapes) for _ in range(model.config.num_layers)
+        ]
         self.free = random.Random(seed).sample(range(40), 40)
         self.sequences: dict[int | str, Sequence] = {}
 

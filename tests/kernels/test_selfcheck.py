@@ -81,6 +81,16 @@ def test_a_router_that_forgets_the_groups_is_named(cache_dir: Path) -> None:
     assert check(replace(definitions(), route=forgetful), cache_dir, replace(TINY, experts=0)) == []
 
 
+def test_a_compressed_cache_is_checked_in_place_of_keys_and_values(cache_dir: Path) -> None:
+    sizes = replace(TINY, latent=24, head_dim=32, kv_heads=1)
+    wrong = replace(
+        definitions(), paged_attention=off_by_a_tenth, latent_attention=lambda *args, rank, **options: args[0]
+    )
+    (line,) = check(wrong, cache_dir, sizes)
+    assert line.startswith("latent_attention (")
+    assert check(definitions(), cache_dir, sizes) == []
+
+
 def test_attention_that_ignores_the_window_is_named(cache_dir: Path) -> None:
     def wide(*args: Tensor, window: int, **options: Any) -> Tensor:
         return definitions().paged_attention(*args, **options)

@@ -1,0 +1,80 @@
+"""Attention over a compressed cache: one latent vector and one rotated key per token, shared by all heads.
+
+DeepSeek-V2, arXiv 2405.04434, section 2.1. Each head's own projections of keys and values are folded into its query and
+its result, so that nothing is ever expanded: not in the cache, not in a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.batch import Batch, LayerCache
+from engine.layers.placement import Placement, Read
+from engine.layers.rope import RotaryTable
+from kernels import Kernels
+from kernels.experts import PackedExperts, form_of
+from kernels.per_head import per_head
+
+# T tokens, H heads, R features of the latent, P rotated features, N other features of a key, V of a value
+
+
+@dataclass(slots=True)
+class LatentAttention:
+    """Causal attention of a step's tokens over everything their sequences have in the cache."""
+
+    kernels: Kernels
+    rope: RotaryTable
+    scale: float  # of q k^T
+    rank: int  # R
+
+    def __call__(self, q_THF: Tensor, k_T1F: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """[T, H, R] from F = P + R features, the rotated ones first. q is rotated in place; k goes to the cache."""
+        (latents,), rope = cache, self.rope
+        self.kernels.rope_kv(
+            q_THF, k_T1F, None, rope.cos_sin, batch.positions, batch.slot_mapping, latents, None,
+            interleaved=rope.rope is not None and rope.rope.interleaved,
+        )  # fmt: skip
+        return self.kernels.latent_attention(
+            q_THF, latents, batch.query_start, batch.seq_lens, batch.block_tables, max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len, scale=self.scale, rank=self.rank,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class HeadProjections:
+    """What expands a latent to a head's key [N] and value [V], applied to the other side of each product instead."""
+
+    name: str
+    heads: int
+    key_size: int  # N
+    value_size: int  # V
+    rank: int  # R
+    kernels: Kernels
+    keys: PackedExperts = field(init=False)  # H times [R, N]
+    values: PackedExperts = field(init=False)  # H times [V, R]
+
+    def absorb(self, q_THN: Tensor) -> Tensor:
+        """[T, H, R]: what a latent must be multiplied by to give q k."""
+        return per_head(q_THN, self.keys)
+
+    def expand(self, o_THR: Tensor) -> Tensor:
+        """[T, H, V] from the attended latents."""
+        return per_head(o_THR, self.values)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {f"{self.name}.weight": (self.heads * (self.key_size + self.value_size), self.rank)}
+
+    def load(self, read: Read, place: Placement) -> None:
+        sizes = (self.key_size, self.value_size)
+        weight = torch.empty(self.heads * sum(sizes), self.rank, dtype=place.dtype, device=place.device)
+        read(f"{self.name}.weight", weight)
+        form, where = form_of(self.kernels.name), (place.dtype, place.device)
+        self.keys = PackedExperts.empty(form, self.heads, self.rank, self.key_size, *where)
+        self.values = PackedExperts.empty(form, self.heads, self.value_size, self.rank, *where)
+        for head, rows in enumerate(weight.split(sum(sizes))):
+            key, value = rows.split(sizes)
+            self.keys.put(head, key.T)
+            self.values.put(head, value)
