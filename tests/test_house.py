@@ -33,6 +33,12 @@ def test_architecture_lists_every_source_file_with_what_it_says_of_itself() -> N
     assert {name for name, _ in listed} >= {name for name in sources() if (ROOT / name).stat().st_size > 0}
 
 
+def test_the_page_about_the_api_is_what_routes_and_schemas_say() -> None:
+    command = [sys.executable, "tools/api_docs.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_api_process_imports_no_torch_transformers_or_numpy() -> None:
     modules = [name.removesuffix(".py").replace("/", ".") for name in sources() if name.startswith("server/")]
     modules = [name for name in modules if not name.endswith(("__init__", "__main__"))]

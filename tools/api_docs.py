@@ -1,0 +1,257 @@
+"""Write docs/api.md: every endpoint and every parameter, from the routes and the schemas; only the remarks stand here.
+
+python tools/api_docs.py            rewrite the page
+python tools/api_docs.py --check    exit 1 if it is not what the code says
+
+A field without a remark, or a remark without a field, is an error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from server.routes import chat, completions, health, models, tokenize
+from server.schema.chat import ChatRequest, Message
+from server.schema.common import Body
+from server.schema.completions import CompletionRequest
+from server.schema.structured import ResponseFormat, StructuredOutputs
+from server.schema.tokenize import DetokenizeRequest, TokenizeRequest
+from server.schema.tools import Function, Tool
+
+BIG = 10**6  # bounds beyond are those of the number type
+PAGE = Path(__file__).parent.parent / "docs" / "api.md"
+
+HEAD = """# The HTTP API
+
+Written by `python tools/api_docs.py` from the routes and schemas; `tests/test_house.py` holds it to them. Everything is
+here since 0.1.0. Types are strict: `"3"` is no number. A null is as good as an absent field. An unknown field is an
+error that names the closest known one. Errors have OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`.
+OpenAI's fields mean what OpenAI says, and the extensions, under vLLM's names, what vLLM says, except as remarked.
+"""
+
+OPENAI = frozenset(
+    """messages model prompt frequency_penalty logit_bias logprobs max_completion_tokens max_tokens metadata n
+    parallel_tool_calls presence_penalty prompt_cache_key prompt_cache_options prompt_cache_retention reasoning_effort
+    response_format safety_identifier seed service_tier stop stream stream_options temperature tool_choice tools
+    top_logprobs top_p user echo role content name tool_calls tool_call_id refusal type json_schema function description
+    parameters strict""".split()  # noqa: SIM905
+)
+
+BOTH = {
+    "model": "may be left out: there is one model",
+    "stream": "",
+    "stream_options": "`include_usage`; `include_obfuscation` is accepted, and nothing is padded",
+    "n": "bounded by --max-n; the choices share the prompt's cache",
+    "max_tokens": "default: on chat all the room there is, on completions 16; 0 with `echo` scores a prompt",
+    "temperature": "0 is greedy; OpenAI stops at 2",
+    "top_p": "0 keeps the likeliest token",
+    "presence_penalty": "",
+    "frequency_penalty": "",
+    "logit_bias": "keys are token ids",
+    "seed": "the same seed gives the same answer in any batch, and after a restart of the engine",
+    "stop": "OpenAI takes 4",
+    "top_k": "0 and -1 are off",
+    "min_p": "",
+    "repetition_penalty": "over prompt and output",
+    "min_tokens": "end and stop ids cannot be drawn before, nor do stop strings count",
+    "ignore_eos": "",
+    "stop_token_ids": "",
+    "allowed_token_ids": "",
+    "bad_words": "",
+    "prompt_logprobs": "not with `stream`",
+    "include_stop_str_in_output": "",
+    "skip_special_tokens": "",
+    "return_token_ids": "",
+    "response_format": "every schema is enforced, with `strict` and without; see below",
+    "structured_outputs": "see below",
+    "priority": "lower runs first; waiting is worth a level per 256 steps",
+    "cache_salt": "with the key, it separates what may share cached prompts",
+    "user": "no effect",
+    "request_id": "no effect; send the header X-Request-Id",
+    "session_id": "no effect",
+    "service_tier": "no effect",
+    "metadata": "no effect",
+    "safety_identifier": "no effect",
+    "prompt_cache_key": "no effect: equal prefixes are found without it",
+    "prompt_cache_retention": "no effect",
+    "stream_interval": "no effect: what has come is sent",
+}
+CHAT = {
+    **BOTH,
+    "messages": "see below",
+    "max_completion_tokens": "wins over `max_tokens`",
+    "logprobs": "",
+    "top_logprobs": "needs `logprobs`",
+    "reasoning_effort": 'given to the template; "none" also as enable_thinking: false and thinking: false',
+    "include_reasoning": "false leaves `reasoning_content` and `reasoning` out of the answer",
+    "tools": "the template shows them, or where it knows no tools our own prompt; /v1/models names the `tool_parser`",
+    "tool_choice": '"required" and a function hold the whole answer to calls that fit their schemas; allowed_tools too',
+    "parallel_tool_calls": "false: one call, by the grammar if there is one; a grammar lets 16 through at most",
+    "prompt_cache_options": "no effect",
+    "add_generation_prompt": "",
+    "continue_final_message": "the answer goes on where the last message, the assistant's, ends",
+    "add_special_tokens": "",
+    "chat_template_kwargs": "plain values for the template, such as enable_thinking",
+}
+COMPLETIONS = {
+    **BOTH,
+    "prompt": "text, texts, token ids or lists of them; at most --max-prompts",
+    "echo": "",
+    "logprobs": "the likeliest so many, in the legacy shape; OpenAI takes 5",
+    "add_special_tokens": "",
+}
+MESSAGE = {
+    "role": '"developer" is shown to the template as "system"',
+    "content": "text, or parts of type `text`",
+    "name": "given to the template",
+    "tool_calls": "of an earlier answer",
+    "tool_call_id": 'with the role "tool", and only then',
+    "refusal": "no effect",
+    "reasoning_content": "given to the template, as `reasoning_content` and `thinking`",
+    "reasoning": "the same under vLLM's name",
+}
+FORMAT = {"type": "", "json_schema": "`name`, `schema`, `description`, `strict`"}
+STRUCTURED = {
+    "json": "a schema, as an object or its text",
+    "json_object": "",
+    "regex": "Rust's dialect: no look-around, no references back",
+    "choice": "",
+    "grammar": "Lark as llguidance has it, or EBNF with `::=` as llama.cpp and XGrammar have it",
+    "disable_any_whitespace": "by default a line break and an indentation may stand between JSON's tokens",
+    "whitespace_pattern": "what may stand there instead",
+}
+TOOL = {"type": "", "function": "see below"}
+FUNCTION = {
+    "name": "",
+    "description": "",
+    "parameters": "a JSON schema; left out, any object",
+    "strict": "also with tool_choice auto, every call fits its schema",
+}
+TOKENIZE = {
+    "model": "",
+    "prompt": "this or `messages`",
+    "messages": "",
+    "add_special_tokens": "",
+    "add_generation_prompt": "",
+    "continue_final_message": "",
+    "chat_template_kwargs": "",
+    "return_token_strs": "",
+}
+DETOKENIZE = {"model": "", "tokens": ""}
+
+SECTIONS: tuple[tuple[str, type[Body], Mapping[str, str]], ...] = (
+    ("POST /v1/chat/completions", ChatRequest, CHAT),
+    ("A message", Message, MESSAGE),
+    ("A tool", Tool, TOOL),
+    ("A tool's function", Function, FUNCTION),
+    ("response_format", ResponseFormat, FORMAT),
+    ("structured_outputs", StructuredOutputs, STRUCTURED),
+    ("POST /v1/completions", CompletionRequest, COMPLETIONS),
+    ("POST /tokenize", TokenizeRequest, TOKENIZE),
+    ("POST /detokenize", DetokenizeRequest, DETOKENIZE),
+)
+
+STRUCTURED_TEXT = """
+Schemas may have 64 KiB, 64 levels, 500 properties and 5,000 `enum` values. They are compiled when the request comes,
+within two seconds; what cannot be enforced (`not`, `if`, `uniqueItems`, ... and whatever contradicts itself) is a 400
+with code `invalid_grammar` or `grammar_too_complex` that names it. An answer that ends by itself (`finish_reason`
+"stop") matches; one cut off by `max_tokens` ("length") may not be whole. Reasoning before the answer is free.
+"""
+
+ENDING = """
+## Answers
+
+`finish_reason` is "stop", "length" or "tool_calls" (also where a function was named, for which OpenAI says "stop").
+`stop_reason`, vLLM's, names the stop string or id. Reasoning, where the model's template knows marks for it, comes as
+`reasoning_content` and `reasoning`, and is counted in `usage.completion_tokens_details.reasoning_tokens`. Arguments of
+calls are streamed in fragments as the model writes them. Text that only looked like a call, or names no function of
+`tools`, stays content. `usage.prompt_tokens_details.cached_tokens` is what was found in the prefix cache.
+"""
+
+
+def endpoints() -> list[str]:
+    """The table of routes, with the first line of what each handler says of itself."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    open_to_all = health.open_router
+    lines = ["## Endpoints\n", "| endpoint | what it does | key |", "| --- | --- | --- |"]
+    for router in (chat.router, completions.router, models.router, tokenize.router, open_to_all, health.router):
+        app.include_router(router)
+        for route in router.routes:
+            assert isinstance(route, APIRoute)
+            said = (route.endpoint.__doc__ or "").strip().split("\n")[0]
+            key = "not needed" if router is open_to_all else "needed, if the server has keys"
+            lines.append(f"| `{'/'.join(sorted(route.methods))} {route.path}` | {said} | {key} |")
+    return lines
+
+
+def kind(schema: Mapping[str, Any]) -> str:
+    """A JSON schema in a few words."""
+    if forms := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(dict.fromkeys(kind(form) for form in forms if form.get("type") != "null"))
+    if "$ref" in schema:
+        return "object"
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    if values:
+        return ", ".join(f'"{value}"' for value in values)
+    name = str(schema.get("type", "any"))
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is not None and low > -BIG:
+        return f"{name} {low:g} to {high:g}" if high is not None and high < BIG else f"{name} from {low:g}"
+    if name == "array":
+        most = f", at most {schema['maxItems']}" if "maxItems" in schema else ""
+        return f"array[{kind(schema.get('items', {}))}]{most}"
+    most, unit = schema.get("maxLength") or schema.get("maxProperties"), "entries" if name == "object" else "characters"
+    return f"{name} of at most {most} {unit}" if most else name
+
+
+def parameters(title: str, model: type[Body], remarks: Mapping[str, str]) -> list[str]:
+    """One body's fields, then those that are refused with the way out. Raises ValueError where remarks do not fit."""
+    properties = model.model_json_schema(mode="validation")["properties"]
+    if wrong := set(properties) ^ set(remarks):
+        raise ValueError(f"{title}: tools/api_docs.py and the schema differ in {', '.join(sorted(wrong))}")
+    required = {field.alias or name for name, field in model.model_fields.items() if field.is_required()}
+    lines = [f"\n## {title}\n", "| field | from | type | remark |", "| --- | --- | --- | --- |"]
+    for name in sorted(properties, key=lambda name: (name not in required, name not in OPENAI)):
+        origin = "OpenAI" if name in OPENAI else "vLLM"
+        must = " (required)" if name in required else ""
+        cells = (f"`{name}`{must}", origin, kind(properties[name]), remarks[name])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    refused = {name: entry.way_out for name, entry in model.refused.items() if entry.way_out}
+    if refused:
+        lines += ["\nRefused where it would matter:\n", "| field | what to do |", "| --- | --- |"]
+        lines += [f"| `{name}` | {way_out} |" for name, way_out in sorted(refused.items())]
+    return lines
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [HEAD, *endpoints()]
+    for title, model, remarks in SECTIONS:
+        lines += parameters(title, model, remarks)
+        if model is StructuredOutputs:
+            lines.append(STRUCTURED_TEXT.rstrip())
+    return "\n".join([*lines, ENDING])
+
+
+def main() -> int:
+    """Rewrite or check the page."""
+    wanted = page()
+    if "--check" in sys.argv:
+        right = PAGE.exists() and PAGE.read_text("utf-8") == wanted
+        if not right:
+            print("docs/api.md is not what the code says; run: python tools/api_docs.py")
+        return int(not right)
+    PAGE.write_text(wanted, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
