@@ -193,6 +193,8 @@ class Pong(Struct, tag="pong", frozen=True):
 
     n: int
     stats: Stats
+    # Per layer, how many tokens each expert has had; a layer without experts is empty. None: nothing new to say.
+    expert_tokens: list[list[int]] | None = None
 
 
 FromEngine = StepOutput | Progress | Ready | Failed | Pong

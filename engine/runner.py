@@ -28,6 +28,7 @@ from engine.errors import ConfigError, EngineError
 from engine.grammar import Grammars, Mask
 from engine.logprobs import prompt_logprobs, token_logprobs
 from engine.messages import BLOCK_SIZE, Decision, EngineOptions, Progress, Ready, SamplingParams, Submit, Vocabulary
+from engine.mixture_config import MixtureConfig
 from engine.model_config import ModelConfig
 from engine.sampler import Sampler, failures, ids_in_vocabulary
 from engine.scheduler import Scheduler, StepPlan, StepResult
@@ -97,6 +98,14 @@ class ModelRunner:
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """What the ids mean, for sequences that ask for a grammar."""
         self.grammars.set_vocabulary(vocabulary)
+
+    def expert_tokens(self) -> list[list[int]]:
+        """Counted on the device as the experts run; padding of a captured step counts too."""
+        config = self.model.config
+        if not isinstance(config, MixtureConfig):
+            return []
+        counts = iter(torch.stack([layer.tokens for layer in self.model.weights.experts()]).tolist())
+        return [next(counts) if routed else [] for routed in config.routed]
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step. A row that fails is in `failed`; what raises is a failure of the whole step."""

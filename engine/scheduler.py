@@ -53,6 +53,10 @@ class Runner(Protocol):
         """What the ids mean, for sequences that ask for a grammar."""
         ...
 
+    def expert_tokens(self) -> list[list[int]]:
+        """Per layer, how many tokens each of its experts has had. Waits for the device: ask rarely."""
+        ...
+
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step; reads the sequences, never writes to them. May raise: then the step did not happen."""
         ...

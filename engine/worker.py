@@ -37,6 +37,7 @@ Load = Callable[[EngineOptions, Report], "tuple[Engine, Ready]"]
 PR_SET_PDEATHSIG = 1
 THE_APIS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the API drains first, then sends Stop
 COLLECT_AFTER = 50_000  # containers made and not yet gone; Python's own choice is 700
+EXPERT_SECONDS = 10.0  # between two looks at the experts' counters, each of which waits for the device
 IDLE_SECONDS = 0.01  # between two steps that found nothing to do though work is open
 
 log = logging.getLogger("penstock.engine")
@@ -126,6 +127,7 @@ def spare_the_collector() -> None:
 def serve(link: Link, engine: Engine) -> None:
     """The loop: what has arrived, then one step, until Stop. Blocks while there is no work."""
     patience: float | None = None
+    counted = 0.0
     while True:
         for message in link.receive(patience):
             if isinstance(message, Submit):
@@ -135,7 +137,9 @@ def serve(link: Link, engine: Engine) -> None:
             elif isinstance(message, Vocabulary):
                 engine.runner.set_vocabulary(message)
             elif isinstance(message, Ping):
-                link.send(Pong(message.n, engine.stats()))
+                due = time.monotonic() - counted >= EXPERT_SECONDS
+                counted = time.monotonic() if due else counted
+                link.send(Pong(message.n, engine.stats(), engine.runner.expert_tokens() if due else None))
             elif isinstance(message, Stop):
                 return
         if not engine.has_work():

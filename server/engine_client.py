@@ -133,6 +133,7 @@ class EngineClient:
         self.progress: Progress | None = None
         self.failure: Failed | None = None
         self.stats = Stats()
+        self.expert_tokens: list[list[int]] = []  # per layer, as the engine last said
         self.restarts = 0
         self.progress_limit = progress_limit
         self.heard = time.monotonic()  # when the engine last showed that it gets on
@@ -235,6 +236,8 @@ class EngineClient:
                     self._deliver(sequence, delta)
         elif isinstance(message, Pong):
             self.stats = message.stats
+            if message.expert_tokens is not None:
+                self.expert_tokens = message.expert_tokens
             if not self._open:  # with work open a turning loop is not enough: tokens must come
                 self.heard = time.monotonic()
 

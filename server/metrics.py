@@ -96,6 +96,7 @@ class Metrics(Collector):
         self.counters: dict[str, Counter[tuple[str, ...]]] = {name: Counter() for name in COUNTERS}
         self.histograms = {name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
         self.read_engine: Callable[[], tuple[Stats, int]] = lambda: (Stats(), 0)  # last word and restarts
+        self.read_experts: Callable[[], list[list[int]]] = lambda: []  # tokens of each expert, per layer
         self._seen = Stats()
         self._restarts = 0
         self.registry = CollectorRegistry(auto_describe=False)
@@ -146,10 +147,20 @@ class Metrics(Collector):
             for labels, count in (self.counters[name] or {(): 0} if not extra else self.counters[name]).items():
                 counter.add_metric([*base, *labels], count)
             yield counter
+        yield self._experts(base)
         for name, (text, _) in HISTOGRAMS.items():
             shown = HistogramMetricFamily(f"penstock:{EXPOSED_NAMES.get(name, name)}", text, labels=list(self.labels))
             shown.add_metric(base, self.histograms[name].buckets(), self.histograms[name].total)
             yield shown
+
+    def _experts(self, base: list[str]) -> Metric:
+        """The load of each expert; without a sample for a model that has none."""
+        text = "Tokens that went to an expert since the engine started, counted every ten seconds or so."
+        counter = CounterMetricFamily("penstock:expert_tokens", text, labels=[*self.labels, "layer", "expert"])
+        for layer, counts in enumerate(self.read_experts()):
+            for expert, count in enumerate(counts):
+                counter.add_metric([*base, str(layer), str(expert)], count)
+        return counter
 
     def exposition(self) -> bytes:
         """What GET /metrics answers."""

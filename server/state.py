@@ -52,6 +52,7 @@ class ServerState:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.model_name)
         self.client.on_step = self.metrics.on_step
+        self.metrics.read_experts = lambda: self.client.expert_tokens
         self.metrics.read_engine = lambda: (self.client.stats, self.client.restarts)
         self.fingerprint = "fp_" + hashlib.sha256(f"{self.version} {self.model_name}".encode()).hexdigest()[:12]
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from engine.config_fields import Fields
 from engine.mixture_config import MixtureConfig, read_mixture
 from engine.model_config import read_decoder
-from engine.models.llama import Attention, LlamaForCausalLM
+from engine.models.llama import LlamaForCausalLM
+from engine.models.olmo import WideNormedAttention
 from kernels.mixture import Routing
 
 if TYPE_CHECKING:
@@ -29,22 +30,18 @@ class OlmoeConfig(MixtureConfig):
     clip_qkv: float  # the largest magnitude of q, k and v; 0: they are left as they are
 
 
-class OlmoeAttention(Attention):
-    """Attention with one RMSNorm over all heads' q and one over all heads' k, before they are rotated."""
+class ClippedAttention(WideNormedAttention):
+    """OLMo 2's attention, with q, k and v within +-clip before they are rotated."""
 
     def __init__(self, config: OlmoeConfig, weights: Weights, attend: PagedAttention):
         super().__init__(config, weights, attend)
-        e, h, k = config.head_dim, config.num_heads, config.num_kv_heads
-        self.q_norm = weights.norm("q_norm", h * e, config.norm_eps)
-        self.k_norm = weights.norm("k_norm", k * e, config.norm_eps)
-        self.sizes, self.clip = (h * e, k * e, k * e), config.clip_qkv
+        self.clip = config.clip_qkv
 
     def qkv(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv_proj(x_TD).split_with_sizes(self.sizes, dim=1)
-        parts = [self.q_norm(q), self.k_norm(k), v]
+        q_THE, k_TKE, v_TKE = super().qkv(x_TD)
         if self.clip:
-            parts = [part.clamp_(-self.clip, self.clip) for part in parts]
-        q_THE, k_TKE, v_TKE = (part.view(-1, h, self.all_heads[2]) for part, h in zip(parts, self.heads, strict=True))
+            for x in (q_THE, k_TKE, v_TKE):
+                x.clamp_(-self.clip, self.clip)
         return q_THE, k_TKE, v_TKE
 
 
@@ -67,8 +64,8 @@ class OlmoeForCausalLM(LlamaForCausalLM):
         mixture = read_mixture(decoder, fields, routing)
         return OlmoeConfig(**vars(mixture), clip_qkv=fields.number("clip_qkv", 0, 1e9, default=0.0))
 
-    def attention(self, weights: Weights, attend: PagedAttention) -> OlmoeAttention:
-        return OlmoeAttention(self.config, weights, attend)
+    def attention(self, weights: Weights, attend: PagedAttention) -> ClippedAttention:
+        return ClippedAttention(self.config, weights, attend)
 
     def mlp(self, index: int, weights: Weights) -> RoutedExperts:
         return weights.at("mlp").separate_experts(self.config)

@@ -48,8 +48,8 @@ def make_runner(folder: Path, kernels: str, *, max_batch_tokens: int = 512, num_
     table = choose("cpu", kernels)
     form = "torch" if kernels == "torch" else "numba"
     model = load_model(open_checkpoint(folder), torch.device("cpu"), torch.float32, table, form)
-    shape = (num_blocks, model.config.num_kv_heads, BLOCK_SIZE, model.config.head_dim)
-    caches = [(torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in range(model.config.num_layers)]
+    shapes = [(num_blocks, heads, BLOCK_SIZE, features) for heads, features in model.config.cache_heads]
+    caches = [tuple(torch.full(shape, torch.nan) for shape in shapes) for _ in range(model.config.num_layers)]
     limits: dict[str, Any] = {"max_batch_tokens": max_batch_tokens, "max_sequences": 64, "max_context": MAX_CONTEXT}
     return ModelRunner(model, caches, table, CpuDevice(), **limits)
 

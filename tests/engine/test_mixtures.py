@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from engine.mixture_config import MixtureConfig
 from engine.models.llama import LlamaForCausalLM
+from tests.engine.crowd import make_engine, make_runner, run, submit
 from tests.engine.test_models import FORMS, LENGTHS, Case, Driver, answer, assert_same, generate, load
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
@@ -83,6 +84,15 @@ CASES: dict[str, list[dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ],
+    "granitemoe": [
+        {
+            "num_local_experts": 5,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 1.5,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.3,
+        },
+    ],
     "gpt_oss": [
         {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 20, "swiglu_limit": 1.0},
         {
@@ -114,7 +124,7 @@ def random_model(family: str, number: int) -> PreTrainedModel:
         "eos_token_id": 258,
     }
     sizes |= {"hidden_size": sizes["num_attention_heads"] * head_dim, "head_dim": head_dim}
-    if family != "olmoe":  # whose norms take hidden_size for granted
+    if family not in ("olmoe", "granitemoe"):  # which derive one from the other
         sizes["hidden_size"] = sizes["num_attention_heads"] * 12
     if family.startswith("deepseek"):
         sizes = {**sizes, **DEEPSEEK, "num_key_value_heads": sizes["num_attention_heads"]}
@@ -189,6 +199,16 @@ def assert_counted(model: LlamaForCausalLM, tokens: int) -> None:
     loads = [layer.tokens for layer in model.weights.experts()]
     assert len(loads) == sum(config.routed)
     assert all(int(load.sum()) == tokens * config.routing.top_k for load in loads)
+
+
+def test_the_runner_tells_how_many_tokens_each_expert_has_had(case_of: Any) -> None:
+    """By layer of the model, one without experts among them."""
+    case: Case = case_of("qwen2_moe", 1)
+    runner = make_runner(case.path, "cpu")
+    run(make_engine(runner), [submit(0, case.prompts[2], max_tokens=4)])
+    tokens = runner.expert_tokens()
+    assert [len(counts) for counts in tokens] == [7, 0, 7]
+    assert [sum(counts) for counts in tokens] == [3 * (len(case.prompts[2]) + 3), 0, 3 * (len(case.prompts[2]) + 3)]
 
 
 @pytest.mark.parametrize("family", CASES)

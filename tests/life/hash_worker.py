@@ -44,6 +44,9 @@ class HashRunner:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
+    def expert_tokens(self) -> list[list[int]]:
+        return []
+
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         pass
 

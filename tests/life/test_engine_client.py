@@ -117,8 +117,10 @@ async def test_leaving_a_stream_aborts_what_is_unfinished_and_asks_for_the_gauge
     assert isinstance(abort, Abort)
     assert sorted(abort.ids) == [ids[0], ids[2]]
     assert isinstance(ping, Ping)
-    wire.client.receive(Pong(0, Stats(num_blocks=7)))
+    wire.client.receive(Pong(0, Stats(num_blocks=7), [[], [2, 3]]))
     assert wire.client.stats == Stats(num_blocks=7)
+    wire.client.receive(Pong(0, Stats()))
+    assert wire.client.expert_tokens == [[], [2, 3]], "most answers leave them out"
 
 
 async def test_cancelling_a_waiting_reader_aborts_too(wire: Wire) -> None:

@@ -157,6 +157,18 @@ async def test_every_series_of_the_tables_is_shown_with_its_labels(http):
     assert "penstock:iteration_tokens_total_bucket" in text
 
 
+def test_each_experts_load_is_shown_with_its_layer():
+    metrics = Metrics("tiny")
+    assert "expert=" not in metrics.exposition().decode()
+    metrics.read_experts = lambda: [[], [5, 0]]
+    shown = [line for line in metrics.exposition().decode().splitlines() if "expert=" in line]
+    labels = 'engine="0",expert="{}",layer="1",model_name="tiny"'
+    assert shown == [
+        "penstock:expert_tokens_total{" + labels.format(0) + "} 5.0",
+        "penstock:expert_tokens_total{" + labels.format(1) + "} 0.0",
+    ]
+
+
 async def test_two_apps_count_apart(engine):
     first, second = make_state(engine), make_state(engine)
     async with in_process(create_app(first)) as http:
