@@ -250,6 +250,7 @@ def main() -> None:
     place = Place(options.peers.resolve(), options.model.resolve(), options.threads)
     cases = options.case or [Case(1, 2, 128, 64), Case(8, 8, 128, 64)]
     options.logs.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
     report, rows = compare(place, options.servers, cases, options.reps, options.logs)
     print("\n".join(report))
     if options.save:
