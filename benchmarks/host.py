@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,6 +138,14 @@ def steps_table(num_steps: int) -> None:
 # Requests as they come
 
 
+class Point(NamedTuple):
+    """A process after so many requests."""
+
+    ended: int
+    resident: int  # bytes
+    cpu: float  # seconds so far, of all its threads
+
+
 @dataclass
 class Run:
     """What a stream of requests met. Its own memory is taken at the start, so that growth is the engine's."""
@@ -149,7 +157,7 @@ class Run:
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
-    memory: list[tuple[int, int]] = field(default_factory=list)  # (requests ended, bytes resident)
+    points: list[Point] = field(default_factory=list)
 
 
 def timed_requests(
@@ -196,14 +204,16 @@ def drive(engine: Engine, requests: Iterator[tuple[float, Submit]], count: int, 
                 run.ended += 1
                 started.discard(delta.id)
                 if run.ended % 1000 == 0:
-                    run.memory.append((run.ended, resident(os.getpid())))
+                    run.points.append(look(os.getpid(), run.ended))
     run.seconds = time.perf_counter() - begin
     return run
 
 
-def resident(pid: int) -> int:
-    """Bytes of a process that are in memory."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def look(pid: int, ended: int) -> Point:
+    """A process now, after so many requests."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    ticks = int(fields[11]) + int(fields[12])
+    return Point(ended, int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def trace_report(name: str, count: int, rate: float, burstiness: float) -> None:
@@ -230,15 +240,27 @@ def trace_report(name: str, count: int, rate: float, burstiness: float) -> None:
 # Many requests
 
 
-def growth(points: list[tuple[int, int]]) -> str:
+def growth(points: list[Point]) -> str:
     """Bytes per 1,000 requests, by least squares over the last third: before, caches and allocators fill up."""
     late = points[-max(3, len(points) // 3) :]
-    x_mean, y_mean = (statistics.mean(values) for values in zip(*late, strict=True))
-    slope = sum((x - x_mean) * (y - y_mean) for x, y in late) / max(1, sum((x - x_mean) ** 2 for x, _ in late))
+    x_mean, y_mean = (statistics.mean(values) for values in ([p.ended for p in late], [p.resident for p in late]))
+    slope = sum((p.ended - x_mean) * (p.resident - y_mean) for p in late)
+    slope /= max(1, sum((p.ended - x_mean) ** 2 for p in late))
     return (
-        f"{slope:+.2f} kB per 1,000 requests over the last third; {points[0][1] / 1e6:.1f} MB after {points[0][0]} "
-        f"requests, {points[-1][1] / 1e6:.1f} MB at the end"
+        f"{slope:+.2f} kB per 1,000 requests over the last third; {points[0].resident / 1e6:.1f} MB after "
+        f"{points[0].ended} requests, {points[-1].resident / 1e6:.1f} MB at the end"
     )
+
+
+def cpu_tenths(points: list[Point]) -> str:
+    """CPU time of a request in the first and the last tenth: of a neighbour it feels no more than the lost caches."""
+    step = max(1, len(points) // 10)
+    first, last = (
+        (after.cpu - before.cpu) / (after.ended - before.ended) * 1e6
+        for before, after in ((points[0], points[step]), (points[-1 - step], points[-1]))
+    )
+    ratio = f" ({last / first:.2f} times)" if first else ""
+    return f"CPU time of a request in the first tenth {first:.0f} us, in the last {last:.0f} us{ratio}"
 
 
 def tenths(latencies: Sequence[float] | NDArray[np.float64]) -> str:
@@ -258,7 +280,8 @@ def soak(count: int, concurrency: int) -> None:
     collections = [generation["collections"] - old for generation, old in zip(gc.get_stats(), before, strict=True)]
     say(f"{count} requests of {SHORT[0]} tokens in and {SHORT[1]} out, {concurrency} at once, the engine alone")
     say(f"{count / run.seconds:.0f} requests/s, {run.steps} steps, {run.tokens} tokens in {run.seconds:.0f} s")
-    say(f"memory {growth(run.memory)}")
+    say(f"memory {growth(run.points)}")
+    say(cpu_tenths(run.points))
     say(tenths(run.latencies))
     say(f"garbage collections of generations 0, 1, 2: {collections}")
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.host import CACHE_BYTES, MODEL, SHORT, growth, resident, tenths
+from benchmarks.host import CACHE_BYTES, MODEL, SHORT, Point, cpu_tenths, growth, look, tenths
 from benchmarks.workload import prompt
 
 # The server as its command runs it, saying each collection of the oldest generation.
@@ -54,7 +54,7 @@ def soak_server(count: int, concurrency: int) -> Iterator[str]:
         path = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
         server = subprocess.Popen(command, stderr=log, env={**os.environ, "PYTHONPATH": path})
         try:
-            latencies, memory, seconds = asyncio.run(_load(server.pid, port, count, concurrency))
+            latencies, seen, seconds = asyncio.run(_load(server.pid, port, count, concurrency))
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(30)
@@ -62,20 +62,19 @@ def soak_server(count: int, concurrency: int) -> Iterator[str]:
         pauses = [float(line.split()[2]) for line in log.read().splitlines() if line.startswith(b"generation 2: ")]
     yield f"{count} streams of {SHORT[0]} tokens in and {SHORT[1]} out, {concurrency} at once, the whole server"
     yield f"{count / seconds:.0f} requests/s in {seconds:.0f} s, the client on the same cores"
-    for name, points in memory.items():
+    for name, points in seen.items():
         yield f"memory of the {name} {growth(points)}"
+        yield f"{name}: {cpu_tenths(points)}"
     yield tenths(latencies)
     worst = f", {max(pauses):.1f} ms at most" if pauses else ""
     yield f"garbage collections of generation 2 in the API process, start included: {len(pauses)}{worst}"
 
 
-async def _load(
-    pid: int, port: int, count: int, concurrency: int
-) -> tuple[list[float], dict[str, list[tuple[int, int]]], float]:
+async def _load(pid: int, port: int, count: int, concurrency: int) -> tuple[list[float], dict[str, list[Point]], float]:
     await _ready(port)
     engine = _engine_of(pid)
     latencies: list[float] = []
-    memory: dict[str, list[tuple[int, int]]] = {"API process": [], "engine process": []}
+    seen: dict[str, list[Point]] = {"API process": [], "engine process": []}
     left = iter(range(count))
 
     async def client(number: int) -> None:
@@ -86,13 +85,13 @@ async def _load(
             await _stream(reader, writer, rng)
             latencies.append(time.perf_counter() - began)
             if len(latencies) % SAMPLE_EVERY == 0:
-                memory["API process"].append((len(latencies), resident(pid)))
-                memory["engine process"].append((len(latencies), resident(engine)))
+                seen["API process"].append(look(pid, len(latencies)))
+                seen["engine process"].append(look(engine, len(latencies)))
         writer.close()
 
     began = time.perf_counter()
     await asyncio.gather(*(client(number) for number in range(concurrency)))
-    return latencies, memory, time.perf_counter() - began
+    return latencies, seen, time.perf_counter() - began
 
 
 def _engine_of(pid: int) -> int:

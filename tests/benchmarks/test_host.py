@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import host, scheduler
-from benchmarks.host import SHORT, drive, growth, null_engine, tenths, timed_requests
+from benchmarks.host import SHORT, Point, cpu_tenths, drive, growth, null_engine, tenths, timed_requests
 from benchmarks.soak import soak_server
 from benchmarks.workload import TRACES, Lengths
 from engine.messages import BLOCK_SIZE
@@ -97,8 +97,10 @@ def test_admission_is_timed_for_prompts_that_are_new_and_for_prompts_that_are_ca
 
 
 def test_growth_is_that_of_the_last_third_and_latency_that_of_the_tenths() -> None:
-    points = [(1000 * i, 5_000_000 + (2_000_000 if i > 20 else 100_000 * i) + 300 * i) for i in range(90)]
+    memory = [5_000_000 + (2_000_000 if i > 20 else 100_000 * i) + 300 * i for i in range(90)]
+    points = [Point(1000 * i, memory[i], i * 0.1 + max(0, i - 50) * 0.1) for i in range(90)]
     assert growth(points).startswith("+0.30 kB per 1,000 requests")
+    assert cpu_tenths(points).endswith("first tenth 100 us, in the last 200 us (2.00 times)")
     assert tenths([1.0] * 50 + [2.0] * 50).endswith("(2.00 times)")
 
 
@@ -111,8 +113,8 @@ def test_a_soak_of_the_whole_server_reports_both_processes(
     lines = list(soak_server(80, 8))
     assert lines[0].startswith("80 streams")
     assert "API process" in lines[2]
-    assert "engine process" in lines[3]
-    assert "first tenth" in lines[4]
+    assert "engine process" in lines[4]
+    assert "first tenth" in lines[6]
 
 
 def test_the_tables_hold_each_batch_and_what_the_gpu_would_wait(
