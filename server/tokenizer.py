@@ -50,11 +50,7 @@ class TokenizerFiles:
         """Raises CheckpointError."""
         spec = read_json(folder / "tokenizer.json")
         if spec is None:
-            raise CheckpointError(
-                f"{folder} holds no tokenizer.json. With transformers installed, this writes one:\n"
-                f"python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}')"
-                f".save_pretrained('{folder}')\""
-            )
+            raise CheckpointError(_no_tokenizer_json(folder))
         config = read_json(folder / "tokenizer_config.json") or {}
         spellings = {
             name: _spelling(content.get(name))
@@ -91,6 +87,22 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error!r:.300}") from None
+
+
+def _no_tokenizer_json(folder: Path) -> str:
+    """Which command makes one: transformers has the converters, and Penstock runs without transformers."""
+    if (folder / "tekken.json").exists():
+        found, needs = "only tekken.json", "transformers"
+        code = (
+            "from transformers.integrations.mistral import convert_tekken_tokenizer as C; "
+            f"C('{folder / 'tekken.json'}').save_pretrained('{folder}')"
+        )
+    else:
+        is_sentencepiece = (folder / "tokenizer.model").exists()
+        found = "only tokenizer.model" if is_sentencepiece else "no tokenizer.json"
+        needs = "transformers, sentencepiece and protobuf" if is_sentencepiece else "transformers"
+        code = f"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')"
+    return f'{folder} holds {found}. With {needs} installed, this writes tokenizer.json:\npython -c "{code}"'
 
 
 def _spelling(value: Any) -> Any:

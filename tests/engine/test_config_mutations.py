@@ -20,8 +20,9 @@ from tests.engine.tiny import ARCHITECTURES, random_config
 MUTATIONS = 200
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 10**9, 2**63, -(2**70), 10**400, 0.0, 0.5, -1.5, 1e-300, 1e300, math.nan,
-    math.inf, -math.inf, "", "linear", "yarn", "longrope", "su", "gelu", "x" * 5000, "\x1b[2J\u202e", [], [None], [1, 2],
-    [[]], ["sliding_attention"], ["full_attention"] * 2, [0.5] * 4, {}, {"rope_type": "yarn"}, {"type": "longrope"},
+    math.inf, -math.inf, "", "linear", "yarn", "longrope", "su", "gelu", "x" * 5000, "\x1b[2J\u202e", [], [None],
+    [1, 2], [[]], ["sliding_attention"], ["full_attention"] * 2, [0.5] * 4, {}, {"rope_type": "yarn"},
+    {"type": "longrope"},
     {"rope_type": "llama3", "factor": 2}, {"full_attention": {}}, {"full_attention": 3}, {"sliding_attention": None},
     {"a": {"b": {"c": []}}},
 )  # fmt: skip

@@ -10,10 +10,9 @@ import pytest
 
 from server.detokenizer import Detokenizer
 from server.tokenizer import Tokenizer, load_tokenizer
-from tests.server.texts import random_text, write_toy
+from tests.server.texts import KINDS, random_text, write_toy
 
 SEED = 20261124
-KINDS = ("byte_level", "fallback", "unigram", "smollm2")
 
 
 @pytest.fixture(scope="module", params=KINDS)

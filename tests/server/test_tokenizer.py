@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
+from base64 import b64encode
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,10 +22,9 @@ from transformers import AutoTokenizer
 
 from engine.errors import CheckpointError
 from server.tokenizer import Segment, Tokenizer, any_of, is_guarded, load_tokenizer
-from tests.server.texts import SPECIALS, random_text, toy_spec, write_toy
+from tests.server.texts import CORPUS, KINDS, SPECIALS, TEKKEN, random_text, toy_spec, write_toy
 
 SEED = 20261125
-KINDS = ("byte_level", "fallback", "unigram", "smollm2")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -48,7 +52,7 @@ def test_ids_and_text_equal_those_of_transformers(folder: Path, tokenizer: Token
     reference = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.vocab_size == len(reference)
     rng = random.Random(SEED)
-    for _ in range(150):
+    for _ in range(1000):
         text = with_spellings(rng, list(tokenizer.special_spellings))
         ids = tokenizer.encode(text)
         assert ids == reference(text)["input_ids"], (SEED, text)
@@ -58,7 +62,8 @@ def test_ids_and_text_equal_those_of_transformers(folder: Path, tokenizer: Token
 
 def test_every_special_spelling_in_user_text_is_plain_text(tokenizer: Tokenizer):
     guarded = [spelling for spelling in tokenizer.special_spellings if is_guarded(spelling)]
-    special = {tokenizer.special_spellings[spelling] for spelling in guarded} - {tokenizer.token_id("<unk>")}
+    unknown = {tokenizer.token_id("<unk>"), tokenizer.token_id("[UNK]")}  # what cannot be spelled becomes it
+    special = {tokenizer.special_spellings[spelling] for spelling in guarded} - unknown
     assert special
     rng = random.Random(SEED)
     for text in [*guarded, "".join(guarded), " ".join(guarded), *(with_spellings(rng, guarded) for _ in range(200))]:
@@ -236,3 +241,56 @@ def test_any_of_finds_the_longest_word_at_each_place(words: list[str], text: str
         found = [word for word in words if text.startswith(word, at)]
         match = pattern.match(text, at)
         assert (match[0] if match else None) == (max(found, key=len) if found else None)
+
+
+def write_sentencepiece(folder: Path) -> None:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=420, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, num_threads=1,
+        minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **named}))
+
+
+def write_tekken(folder: Path) -> None:
+    words = [bytes([i]) for i in range(256)] + [b"th", b"the", b" t", b" the", b"do", b"dog"]
+    document = {
+        "config": {"pattern": TEKKEN, "num_vocab_tokens": len(words), "default_vocab_size": len(words) + 10,
+                   "default_num_special_tokens": 10, "version": "v3"},
+        "vocab": [{"rank": i, "token_bytes": b64encode(word).decode(), "token_str": None}
+                  for i, word in enumerate(words)],
+        "special_tokens": [{"rank": i, "token_str": text, "is_control": True}
+                           for i, text in enumerate(("<unk>", "<s>", "</s>", "[INST]", "[/INST]"))],
+    }  # fmt: skip
+    (folder / "tekken.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("write", [write_sentencepiece, write_tekken])
+def test_a_folder_without_tokenizer_json_is_refused_with_a_command_that_makes_one(
+    tmp_path: Path, write: Callable[[Path], None]
+):
+    write(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match=r"installed, this writes tokenizer\.json") as caught:
+        load_tokenizer(tmp_path)
+    _, code = str(caught.value).splitlines()[-1].split(" -c ")
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code.strip('"')], check=True, capture_output=True, timeout=120
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("the dog", "the  dog\nsleeps, 日本", "Größe 123"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    if write is write_sentencepiece:
+        import sentencepiece
+
+        original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+        for text in ("the dog", *CORPUS):
+            assert tokenizer.encode(text, add_special_tokens=False) == original.encode(text), text
+    else:
+        assert len(tokenizer.encode("the dog", add_special_tokens=False)) == 3  # the| d..: no merge makes " dog"
+        assert tokenizer.special_spellings["[INST]"] == 3

@@ -8,7 +8,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 SCRIPTS = {
     "ascii": (0x20, 0x7E),
@@ -35,6 +45,12 @@ CORPUS = [
     "日本語のテキストと中文文本。안녕하세요 세계. नमस्ते दुनिया. مرحبا بالعالم",
     "def f(x):\n    return x + 1\n\nfor i in range(10):\n    print(f(i))  # 12345 67.89",
 ] * 4
+TEKKEN = (  # how Mistral's tokenizers cut text
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+KINDS = ("byte_level", "fallback", "unigram", "wordpiece", "tekken", "gpt2", "smollm2")
 SPECIALS = ("<|start|>", "<|end|>", "<|endoftext|>")
 
 
@@ -49,7 +65,7 @@ def random_text(rng: random.Random, pieces: int = 20) -> str:
 
 @cache
 def toy_spec(kind: str) -> str:
-    """tokenizer.json of a small tokenizer: byte_level, fallback (Llama-like) or unigram (with Metaspace)."""
+    """tokenizer.json of a small tokenizer: byte_level, fallback (Llama-like), unigram, gpt2, tekken or wordpiece."""
     if kind == "byte_level":
         toy = Tokenizer(models.BPE())
         toy.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,6 +88,43 @@ def toy_spec(kind: str) -> str:
         spec = json.loads(toy.to_str())
         spec["added_tokens"] = spec["added_tokens"][:3]
         return json.dumps(spec)
+    if kind == "gpt2":
+        toy = Tokenizer(models.BPE())
+        toy.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        toy.decoder = decoders.ByteLevel(add_prefix_space=True)
+        toy.post_processor = processors.ByteLevel(trim_offsets=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        toy.train_from_iterator(
+            CORPUS, trainers.BpeTrainer(vocab_size=450, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+        )
+        return toy.to_str()
+    if kind == "tekken":  # whole words first, digits one by one, special tokens before all others
+        toy = Tokenizer(models.BPE(ignore_merges=True))
+        toy.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(TEKKEN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        toy.decoder = decoders.ByteLevel()
+        names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", *(f"<SPECIAL_{i}>" for i in range(5, 20))]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        toy.train_from_iterator(
+            CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=names)
+        )
+        toy.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        return toy.to_str()
+    if kind == "wordpiece":
+        toy = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        toy.normalizer = normalizers.BertNormalizer(lowercase=True)
+        toy.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        toy.decoder = decoders.WordPiece()
+        names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        toy.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=400, special_tokens=names))
+        toy.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+        return toy.to_str()
     assert kind == "unigram"
     toy = Tokenizer(models.Unigram())
     toy.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
