@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import CheckpointError
 from engine.model_config import ModelConfig, read_model_config
 from engine.models import TEXT_PARTS, model_class
-from engine.quantization import Scheme, Stored, find_schemes
+from engine.quantization import OF_ACTIVATIONS, Scheme, Stored, find_schemes
 from engine.tensor_file import WEIGHT_DTYPES, TensorInfo, printable, read_header, read_json, read_tensor
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _open(path: Path, *, is_dummy: bool) -> Checkpoint:
     if config["architectures"][0] in TEXT_PARTS:
         notes = (*notes, "Only the model's text part is served; it sees no images.")
     tensors = _named(_read_headers(path), config["architectures"][0] in TEXT_PARTS, model_config)
-    return Checkpoint(path, config, generation_config, model_config, tensors, notes, find_schemes(config))
+    return Checkpoint(path, config, generation_config, model_config, tensors, notes, find_schemes(config, tensors))
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def count_weights(checkpoint: Checkpoint, packs_quantized: bool) -> WeightCount:
     family = model_class(checkpoint.model_config.architecture)
     model = family(_settle_head(checkpoint), Weights(definitions(), family.FUSED))
     stored = model.weights.find_schemes(checkpoint.scheme_of)
-    numbers = sum(math.prod(info.shape) for name, info in checkpoint.tensors.items() if name not in stored)
+    stored_plainly = (name for name in checkpoint.tensors if name not in stored and not name.endswith(OF_ACTIVATIONS))
+    numbers = sum(math.prod(checkpoint.tensors[name].shape) for name in stored_plainly)
     quantized = model.weights.quantized()
     if not packs_quantized:
         return WeightCount(numbers + sum(count for _, count in quantized))
@@ -231,6 +232,9 @@ def _check_tensors(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], q
         elif found.dtype not in allowed:
             faults.append(f"unsupported type: {name}: expected {', '.join(allowed)}, found {found.dtype}")
     extras = [name for name in checkpoint.tensors if name not in shapes]
+    if checkpoint.is_quantized:
+        extras = [name for name in extras if not name.endswith(OF_ACTIVATIONS)]
+        extras = [name for name in extras if not _is_zero_bias(name, checkpoint.tensors[name])]
     faults += [f"unexpected: {printable(name)}" for name in extras if not (tied and name == HEAD)]
     if faults:
         shown = faults[:MAX_FAULTS_SHOWN]
@@ -238,6 +242,13 @@ def _check_tensors(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]], q
             shown.append(f"and {len(faults) - len(shown):,} more.")
         head = f"{checkpoint.path}: the tensors do not fit {checkpoint.model_config.architecture} and its config.json:"
         raise CheckpointError("\n  ".join([head, *shown]))
+
+
+def _is_zero_bias(name: str, info: TensorInfo) -> bool:
+    """Early GPTQ tools wrote a bias of zeros for layers that have none."""
+    if not name.endswith(".bias") or len(info.shape) != 1 or info.dtype not in WEIGHT_DTYPES or not info.nbytes:
+        return False
+    return not bool(read_tensor(info).any())
 
 
 def _read_headers(path: Path) -> dict[str, TensorInfo]:

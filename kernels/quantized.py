@@ -39,6 +39,7 @@ class Quantized:
     group: int
     bits: int
     values: str  # a key of BITS
+    order: Tensor | None = None  # int64 [K]: column j of the codes is input order[j]; None: as they come
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -50,11 +51,14 @@ class Quantized:
                 raise ValueError(f"Scales and offsets must be {list(expected)}, not {part.dtype} {list(part.shape)}.")
         if self.offsets is not None and self.offsets.dtype is not self.scales.dtype:
             raise ValueError("Scales and offsets must have one dtype.")
+        if self.order is not None and not torch.equal(self.order.sort().values.cpu(), torch.arange(k)):
+            raise ValueError(f"The order of columns must be a permutation of {k}.")
 
     @property
     def kind(self) -> tuple[object, ...]:
         """Weights of one kind can be stacked."""
-        return self.codes.shape[1], self.group, self.bits, self.values, self.scales.dtype, self.offsets is None
+        order = None if self.order is None else self.order.cpu().numpy().tobytes()
+        return self.codes.shape[1], self.group, self.bits, self.values, self.scales.dtype, self.offsets is None, order
 
 
 def stack(above: Quantized, below: Quantized) -> Quantized:
@@ -64,7 +68,7 @@ def stack(above: Quantized, below: Quantized) -> Quantized:
     if above.offsets is not None and below.offsets is not None:
         offsets = torch.cat([above.offsets, below.offsets])
     codes, scales = torch.cat([above.codes, below.codes]), torch.cat([above.scales, below.scales])
-    return Quantized(codes, scales, offsets, above.group, above.bits, above.values)
+    return Quantized(codes, scales, offsets, above.group, above.bits, above.values, above.order)
 
 
 def value_table(values: str, bits: int) -> Tensor:
@@ -88,7 +92,8 @@ def dequantize(weight: Quantized) -> Tensor:
         return part.float().repeat_interleave(weight.group, dim=1)[:, :k]
 
     scaled = values.double() * spread(weight.scales)  # a product of two float32 is exact in float64
-    return (scaled if weight.offsets is None else scaled + spread(weight.offsets)).float()
+    found = (scaled if weight.offsets is None else scaled + spread(weight.offsets)).float()
+    return found if weight.order is None else torch.empty_like(found).index_copy_(1, weight.order, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +111,11 @@ class PackedQuantized:
     group: int
     bits: int
     values: str
+    order: Tensor | None = None  # as Quantized's
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.codes, self.scales, self.offsets) if part is not None)
+        return sum(part.nbytes for part in (self.codes, self.scales, self.offsets, self.order) if part is not None)
 
 
 def is_integer(weight: Quantized | PackedQuantized) -> bool:
@@ -136,7 +142,7 @@ def pack_quantized(weight: Quantized, form: str) -> PackedQuantized:
     elif weight.bits == 4:
         even, odd = torch.nn.functional.pad(codes, (0, k % 2)).unflatten(1, (-1, 2)).unbind(-1)
         codes = even | odd << 4
-    return PackedQuantized(form, codes, scales, offsets, n, k, weight.group, weight.bits, weight.values)
+    return PackedQuantized(form, codes, scales, offsets, n, k, weight.group, weight.bits, weight.values, weight.order)
 
 
 def _pack_panels(weight: Quantized, codes: Tensor) -> Tensor:
@@ -184,7 +190,7 @@ def _select(packed: PackedQuantized, ids: Tensor) -> Quantized:
         codes, scales, offsets = packed.codes[ids], scales[ids], None if offsets is None else offsets[ids]
         if packed.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, : packed.in_features]
-    return Quantized(codes, scales, offsets, packed.group, packed.bits, packed.values)
+    return Quantized(codes, scales, offsets, packed.group, packed.bits, packed.values, packed.order)
 
 
 def _columns(packed: PackedQuantized, panel: Tensor, column: Tensor) -> Tensor:
@@ -225,6 +231,8 @@ def quantized_linear(
         raise ValueError(f"x must be float32 [T, {packed.in_features}], not {x.dtype} {list(x.shape)}.")
     if bias is not None and (bias.dtype is not torch.float32 or bias.stride(0) != 1):
         bias = bias.float().contiguous()
+    if packed.order is not None:
+        x = x.index_select(1, packed.order)
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty(t, n) if out is None else out

@@ -8,10 +8,11 @@ ggml-common.h; every value is the one that the `gguf` package dequantises to, bi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from engine.config_fields import Fields
 from engine.errors import CheckpointError
-from engine.quantization import Scheme
+from engine.quantization import Headers, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +34,9 @@ TYPES = {
 }
 
 
-def schemes(settings: dict[str, Any]) -> Callable[[str], Scheme | None]:
+def schemes(fields: Fields, headers: Headers) -> Callable[[str], Scheme | None]:
     """As `engine.quantization.find_schemes`."""
-    tensors = settings.get("tensors")
+    tensors = fields.values.get("tensors")
     if not isinstance(tensors, dict) or not all(isinstance(kind, str) and kind in TYPES for kind in tensors.values()):
         raise CheckpointError(f"quantization_config.tensors should map names to types among {', '.join(TYPES)}.")
     made = {kind: _scheme(kind) for kind in set(tensors.values())}

@@ -147,4 +147,4 @@ def test_the_count_of_weights_is_what_they_take_in_memory(packed_folder: Path) -
 )
 def test_settings_that_are_not_understood_are_refused_by_name(settings: object, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        find_schemes({"quantization_config": settings})
+        find_schemes({"quantization_config": settings}, {})
