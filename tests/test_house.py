@@ -39,6 +39,12 @@ def test_the_page_about_the_api_is_what_routes_and_schemas_say() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_page_about_models_is_what_the_table_and_the_tests_say() -> None:
+    command = [sys.executable, "tools/model_docs.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_api_process_imports_no_torch_transformers_or_numpy() -> None:
     modules = [name.removesuffix(".py").replace("/", ".") for name in sources() if name.startswith("server/")]
     modules = [name for name in modules if not name.endswith(("__init__", "__main__"))]

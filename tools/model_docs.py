@@ -1,0 +1,139 @@
+"""Write docs/models.md: every architecture that is served, and what it was checked for, from the table and the tests.
+
+python tools/model_docs.py            rewrite the page
+python tools/model_docs.py --check    exit 1 if it is not what table and tests say
+
+An architecture without a test case is an error. Sources are parsed, not run.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from engine.models import FAMILIES, TEXT_PARTS
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "models.md"
+# where the configs stand on which an architecture is compared with transformers: file -> name of its table
+TABLES = {"test_models.py": "CASES", "families.py": "CONFIGS", "test_mixtures.py": "CASES"}
+NOT_FEATURES = {"hidden_size", "head_dim", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "type"}
+NOT_FEATURES |= {"n_embd", "n_layer", "n_head", "n_positions", "n_inner", "max_position_embeddings", "rope_type"}
+NOT_FEATURES |= {"rope_theta", "factor", "intermediate_size"}
+
+HEAD = """# Models
+
+Written by `python tools/model_docs.py` from the table in `engine/models/__init__.py` and the configs in
+`tests/engine/`; `tests/test_house.py` holds it to them. A folder's `config.json` names its architecture; what is not
+listed is refused.
+
+Each is compared with transformers on small random models of odd shapes (head sizes that are not hidden / heads, 1 to 8
+query heads per kv head, tied and untied heads, prompts longer than every window): prompt logprobs and the greedy
+continuation within 1e-4 in float32, in one prefill, in chunks, in a crowd and (not the mixtures of experts) behind a
+cached prefix, by the definitions and by the CPU's compiled kernels; on a CPU the bits are the same in each of these.
+200 mutations of a config give a bounded model or one clear error. **Varied** are the keys of `config.json` that those
+models exercise beside sizes.
+
+| architecture | what it is | models | varied |
+| --- | --- | --- | --- |
+"""
+TEXT = """
+## Models that also see
+
+Of these the text part is served: images in a request are refused.
+
+| architecture | its text part may be |
+| --- | --- |
+"""
+ROPES = """
+## Long contexts
+
+`rope_scaling` may be linear, dynamic, llama3, yarn or longrope. Longrope has factors for short and for long sequences.
+A server whose context (`--max-context`, by default the model's own) stays within `original_max_position_embeddings`
+uses the short ones for all requests, any other the long ones: transformers would switch in mid-sequence.
+"""
+
+
+def tables() -> dict[str, list[set[str]]]:
+    """Case by case the keys that are set, under an architecture or transformers' model_type."""
+    found: dict[str, list[set[str]]] = {}
+    for file, table in TABLES.items():
+        module = ast.parse((ROOT / "tests" / "engine" / file).read_text("utf-8"))
+        values = {target.id: node.value for node in module.body for target in _targets(node) if node.value is not None}
+        cases = values[table]
+        assert isinstance(cases, ast.Dict)
+        for key, value in zip(cases.keys, cases.values, strict=True):
+            assert isinstance(key, ast.Constant)
+            variants = value.elts[-1] if isinstance(value, ast.Tuple) else value  # with the model_type before them
+            assert isinstance(variants, ast.List)
+            found[str(key.value)] = [_keys(variant, values) for variant in variants.elts]
+    return found
+
+
+def _targets(node: ast.stmt) -> list[ast.Name]:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target for target in targets if isinstance(target, ast.Name)]
+
+
+def _keys(node: ast.expr, values: dict[str, ast.expr]) -> set[str]:
+    """The keys of a dictionary's first level, those of dictionaries unpacked into it included."""
+    node = values[node.id] if isinstance(node, ast.Name) else node
+    keys: set[str] = set()
+    if isinstance(node, ast.Dict):
+        for key, value in zip(node.keys, node.values, strict=True):
+            keys |= (
+                _keys(value, values) if key is None else {str(key.value)} if isinstance(key, ast.Constant) else set()
+            )
+    return keys - NOT_FEATURES
+
+
+def said(architecture: str) -> str:
+    """The first line of a family's file, and of its class where the file holds several."""
+    module = ast.parse((ROOT / "engine" / "models" / f"{FAMILIES[architecture]}.py").read_text("utf-8"))
+    lines = [_first(ast.get_docstring(module))]
+    if list(FAMILIES.values()).count(FAMILIES[architecture]) > 1:
+        classes = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == architecture]
+        lines.append(_first(ast.get_docstring(classes[0])))
+    return " ".join(lines)
+
+
+def _first(docstring: str | None) -> str:
+    paragraph = (docstring or "").split("\n\n", 1)[0].replace("\n", " ")
+    head, dot, _ = paragraph.partition(". ")
+    return head + dot.strip()
+
+
+def page() -> str:
+    """The whole page."""
+    cases, lines = tables(), []
+    for architecture in sorted(FAMILIES, key=str.lower):
+        model_type = architecture.removesuffix("ForCausalLM").lower()
+        names = [name for name in cases if name == architecture or name.replace("_", "") == model_type]
+        if len(names) != 1:
+            raise SystemExit(f"{architecture} has {len(names)} tables of test cases; expected one.")
+        variants = cases[names[0]]
+        varied = ", ".join(f"`{key}`" for key in sorted(set().union(*variants)))
+        lines.append(f"| `{architecture}` | {said(architecture)} | {len(variants)} | {varied} |")
+    parts = [
+        f"| `{name}` | {', '.join(f'`{text}`' for text in texts.values())} |" for name, texts in TEXT_PARTS.items()
+    ]
+    return HEAD + "\n".join(lines) + "\n" + TEXT + "\n".join(parts) + "\n" + ROPES
+
+
+def main() -> int:
+    """Rewrite or check the page."""
+    wanted = page()
+    if "--check" in sys.argv:
+        same = PAGE.exists() and PAGE.read_text("utf-8") == wanted
+        if not same:
+            print("docs/models.md is not what the table and the tests say; run: python tools/model_docs.py")
+        return int(not same)
+    PAGE.write_text(wanted, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
