@@ -70,17 +70,26 @@ class Checkpoint:
         return sizes.most_common(1)[0][0] if sizes else "float32"
 
 
-def open_checkpoint(directory: str | Path, load_format: str = "auto") -> Checkpoint:
+def open_checkpoint(directory: str | Path, load_format: str = "auto", quantize: str | None = None) -> Checkpoint:
     """Reads a folder's JSON files and tensor headers. CheckpointError says what is wrong and what to do.
 
     load_format "dummy" looks for no tensors: `Checkpoint.tensors` is what the model asks for.
+    quantize: how linear weights shall be rounded while they are read (engine/quantization/on_the_fly.py).
     """
     if load_format not in LOAD_FORMATS:
         raise CheckpointError(f"--load-format {load_format} is not known; use one of {', '.join(LOAD_FORMATS)}.")
     try:
-        return _open(Path(directory), is_dummy=load_format == "dummy")
+        found = _open(Path(directory), is_dummy=load_format == "dummy")
     except OSError as error:
         raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror}.") from None
+    if quantize is None:
+        return found
+    if found.is_quantized and not found.is_dummy:
+        raise CheckpointError(f"--quantize {quantize}: the checkpoint is quantised already. Leave the option out.")
+    from engine.quantization.on_the_fly import schemes
+
+    embedding = f"{model_class(found.model_config.architecture).EMBEDDING}.weight"
+    return replace(found, scheme_of=schemes(quantize, found.tensors, (embedding, HEAD)))
 
 
 def _open(path: Path, *, is_dummy: bool) -> Checkpoint:
@@ -111,7 +120,8 @@ class WeightCount:
 
     numbers: int  # in the model's dtype
     packed_bytes: int = 0  # of those that stay quantised
-    schemes: tuple[str, ...] = ()  # how those are stored
+    packed_numbers: int = 0
+    schemes: tuple[str, ...] = ()  # how some are stored, or rounded while they are read
 
 
 def count_weights(checkpoint: Checkpoint, packs_quantized: bool) -> WeightCount:
@@ -125,10 +135,11 @@ def count_weights(checkpoint: Checkpoint, packs_quantized: bool) -> WeightCount:
     stored_plainly = (name for name in checkpoint.tensors if name not in stored and not name.endswith(OF_ACTIVATIONS))
     numbers = sum(math.prod(checkpoint.tensors[name].shape) for name in stored_plainly)
     quantized = model.weights.quantized()
+    names, count = tuple(sorted({scheme.name for scheme, _ in quantized})), sum(count for _, count in quantized)
     if not packs_quantized:
-        return WeightCount(numbers + sum(count for _, count in quantized))
+        return WeightCount(numbers + count, schemes=names)
     packed = sum(int(scheme.bits * count / 8) for scheme, count in quantized)
-    return WeightCount(numbers, packed, tuple(sorted({scheme.name for scheme, _ in quantized})))
+    return WeightCount(numbers, packed, count, names)
 
 
 def load_model(
@@ -169,6 +180,8 @@ def load_model(
 
 def _fill(model: CausalLM, checkpoint: Checkpoint, place: Placement, progress: Callable[[float, float], None]) -> None:
     """Layer by layer, tensor by tensor: mapped, cast into its place, unmapped; or drawn in its place."""
+    import torch
+
     from engine.dummy import draw
     from engine.layers.placement import Read
 
@@ -178,7 +191,15 @@ def _fill(model: CausalLM, checkpoint: Checkpoint, place: Placement, progress: C
         else:
             out.copy_(read_tensor(checkpoint.tensors[name]))
 
-    read = Read(copy, lambda name: read_tensor(checkpoint.tensors[name]))
+    def stored(name: str) -> torch.Tensor:
+        info = checkpoint.tensors[name]
+        if not checkpoint.is_dummy:
+            return read_tensor(info)
+        drawn = torch.empty(info.shape, dtype=getattr(torch, WEIGHT_DTYPES[info.dtype]))
+        draw(name, drawn)
+        return drawn
+
+    read = Read(copy, stored)
     sizes = [sum(checkpoint.tensors[name].nbytes for name in layer.shapes()) for layer in model.weights.layers]
     done = 0
     for layer, size in zip(model.weights.layers, sizes, strict=True):

@@ -125,7 +125,7 @@ def resolve(
     return config, [
         Decision("device", f"{machine.device} ({machine.name})", machine.why),
         Decision("number type", dtype, why_dtype),
-        *_quantized(weights),
+        *_quantized(options, weights, dtype),
         *sized,
         *budgets,
     ]
@@ -135,11 +135,18 @@ def weight_bytes(weights: WeightCount, dtype: str) -> int:
     return weights.numbers * ITEM_BYTES[dtype] + weights.packed_bytes
 
 
-def _quantized(weights: WeightCount) -> list[Decision]:
-    if not weights.packed_bytes:
+def _quantized(options: EngineOptions, weights: WeightCount, dtype: str) -> list[Decision]:
+    if not weights.schemes:
         return []
+    names = ", ".join(weights.schemes)
+    if not weights.packed_bytes:
+        return [Decision("weights", f"{names}, dequantised", f"kept as {dtype}: only our CPU kernels keep them packed")]
+    bits = 8 * weights.packed_bytes / weights.packed_numbers
+    value = f"quantised ({names}, {bits:.2f} bits a weight), {size(weights.packed_bytes)}"
+    if options.quantize is not None:
+        return [Decision("weights", value, f"--quantize; embeddings, head and norms stay {dtype}")]
     why = "as the checkpoint has them; --dtype float32 or bfloat16 would dequantise them at load"
-    return [Decision("weights", f"quantised ({', '.join(weights.schemes)}), {size(weights.packed_bytes)}", why)]
+    return [Decision("weights", value, why)]
 
 
 def check_ranges(options: EngineOptions) -> None:

@@ -49,6 +49,7 @@ class EngineOptions(Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     load_format: str = "auto"  # auto | dummy (random weights for a config.json)
     model_runner: str = "auto"  # auto | null | null-h100-8b (no model, for tests and benchmarks: engine/null.py)
+    quantize: str | None = None  # int8 | int4 | nf4 | fp8: how linear weights are rounded while they are read
     dtype: str = "auto"  # auto | float32 | float16 | bfloat16
     kernels: str = "auto"  # auto | torch (the definitions)
     max_context: int | None = None  # tokens

@@ -290,10 +290,11 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
 
         return load_null_engine(options, progress)
     began = time.monotonic()
-    checkpoint = open_checkpoint(options.model_dir, options.load_format)
+    checkpoint = open_checkpoint(options.model_dir, options.load_format, options.quantize)
     machine = look_at_machine(options.device)
     model_config = checkpoint.model_config
-    packs_quantized = machine.type == "cpu" and options.kernels == "auto" and options.dtype == "auto"
+    asked_plain = options.dtype != "auto" and options.quantize is None
+    packs_quantized = machine.type == "cpu" and options.kernels == "auto" and not asked_plain
     weights = count_weights(checkpoint, packs_quantized)
     config, decisions = resolve(options, model_config, weights, checkpoint.stored_dtype, machine)
     kernels = choose(machine.type, config.kernels)

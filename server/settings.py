@@ -62,6 +62,10 @@ class Settings:
     load_format: str = _option(
         "model", "auto: the model's weights; dummy: random ones for its config.json", "auto", choices=("auto", "dummy")
     )
+    quantize: str | None = _option(
+        "model", "round linear weights while they are read; 4.25 to 8.125 bits each",
+        choices=("int8", "int4", "nf4", "fp8"),
+    )  # fmt: skip
     dtype: str = _option(
         "model", "number type of weights and cache", "auto", choices=("auto", "float32", "float16", "bfloat16")
     )

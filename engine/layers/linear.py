@@ -111,7 +111,7 @@ class Conv1D(Linear):
     def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> None:
         quantised = [part for part in self.parts if scheme_of(part) is not None]
         if quantised:
-            raise CheckpointError(f"{quantised[0]} is quantised; GPT-2's transposed weights must be unquantised.")
+            raise CheckpointError(f"{quantised[0]}: GPT-2's transposed weights are served unquantised only.")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape[::-1] for name, shape in Linear.shapes(self).items()}
