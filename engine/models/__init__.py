@@ -50,10 +50,13 @@ TEXT_PARTS = {
 
 
 def check_architecture(architecture: str) -> None:
-    """CheckpointError with the supported names, closest first, unless there is a file for it."""
+    """CheckpointError with the closest supported names, unless there is a file for it."""
     if architecture not in FAMILIES:
-        close = get_close_matches(architecture, [*FAMILIES, *TEXT_PARTS], n=len(FAMILIES), cutoff=0.0)
-        raise CheckpointError(f"{architecture[:80]!r} is not supported. Supported: {', '.join(close)}.")
+        names = [*FAMILIES, *TEXT_PARTS]
+        close = get_close_matches(architecture, names, n=5, cutoff=0.0)
+        raise CheckpointError(
+            f"{architecture[:80]!r} is not supported. Closest of {len(names)} that are: {', '.join(close)}."
+        )
 
 
 def model_class(architecture: str) -> type[CausalLM]:

@@ -151,8 +151,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"eos_token_id": [2, 3.0]}, "eos_token_id"),
     ({"torch_dtype": "int8"}, "torch_dtype"),
     ({"torch_dtype": 16}, "torch_dtype"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, 'quantised ("gptq")'),
-    ({"quantization_config": "awq"}, 'quantised ("awq")'),
     ({"architectures": None}, "architectures is missing"),
     ({"architectures": []}, "architectures is missing"),
     ({"architectures": [3]}, "architectures is missing"),
@@ -192,7 +190,8 @@ def test_an_unknown_architecture_is_answered_with_the_supported_ones_closest_fir
     config = random_config("Qwen3ForCausalLM", 0) | {"architectures": ["Llama4ForCausalLM"]}
     with pytest.raises(CheckpointError) as caught:
         read_model_config(config)
-    assert str(caught.value).startswith("'Llama4ForCausalLM' is not supported. Supported: LlamaForCausalLM, ")
+    assert str(caught.value).startswith("'Llama4ForCausalLM' is not supported. Closest of ")
+    assert "LlamaForCausalLM" in str(caught.value)
     with pytest.raises(CheckpointError, match="own code") as caught:
         read_model_config(config | {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}})
 
