@@ -5,7 +5,7 @@ Knows the scalings by name and their parameters; the formulas are engine/layers/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config_fields import Fields
 from engine.errors import CheckpointError
@@ -78,6 +78,11 @@ def read_ropes(fields: Fields, head_dim: int, max_positions: int, thetas: dict[s
         with_theta = Fields({"rope_theta": theta} | parameters.values, parameters.where)
         ropes[kind] = _read(with_theta, fields, head_dim, max_positions, partial=False)
     return ropes
+
+
+def interleaved(ropes: tuple[Rope | None, ...]) -> tuple[Rope | None, ...]:
+    """The same ropes, each turning a feature with its neighbour."""
+    return tuple(replace(rope, interleaved=True) if rope else None for rope in ropes)
 
 
 def rope_parameters(fields: Fields) -> Fields:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from engine.config_fields import Fields
 from engine.model_config import ModelConfig, every, read_decoder, read_layer_types, read_window, windows_by_type
 from engine.models.llama import Attention, Block, Layer, LlamaForCausalLM
+from engine.rope_config import interleaved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ class CohereForCausalLM(LlamaForCausalLM):
         return replace(
             found,
             norm="layer_without_bias",
-            ropes=tuple(replace(rope, interleaved=True) for rope in found.ropes if rope),
+            ropes=interleaved(found.ropes),
             qkv_bias=bias,
             out_bias=bias,
             logits_scale=fields.number("logit_scale", 1e-6, 1e6),

@@ -12,6 +12,7 @@ from engine.config_fields import Fields
 from engine.model_config import ModelConfig, read_decoder
 from engine.models.gemma import SandwichLayer
 from engine.models.llama import Layer, LlamaForCausalLM
+from engine.rope_config import interleaved
 
 if TYPE_CHECKING:
     from engine.layers.weights import Weights
@@ -34,8 +35,8 @@ class GlmForCausalLM(LlamaForCausalLM):
     @staticmethod
     def read_config(fields: Fields) -> ModelConfig:
         found = read_decoder(fields, partial_rotary=True)
-        ropes = tuple(replace(rope, interleaved=True) for rope in found.ropes if rope)
-        return replace(found, ropes=ropes, qkv_bias=fields.flag("attention_bias", default=True))
+        bias = fields.flag("attention_bias", default=True)
+        return replace(found, ropes=interleaved(found.ropes), qkv_bias=bias)
 
 
 class Glm4ForCausalLM(GlmForCausalLM):

@@ -39,6 +39,13 @@ CONFIGS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         ],
     ),
     "GemmaForCausalLM": ("gemma", [GEMMA]),
+    "Ernie4_5ForCausalLM": ("ernie4_5", [{"use_bias": True, "tie_word_embeddings": False}]),
+    "HeliumForCausalLM": (
+        "helium",
+        [{"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12, "hidden_size": 72, "attention_bias": True,
+          "mlp_bias": True}],
+    ),
+    "SeedOssForCausalLM": ("seed_oss", [{"attention_bias": True, "attention_out_bias": True, "rope_scaling": YARN}]),
     "Gemma2ForCausalLM": (
         "gemma2",
         [

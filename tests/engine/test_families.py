@@ -23,7 +23,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_absent_keys_mean_what_transformers_assumes(architecture: str) -> None:
     model_type, _ = CONFIGS[architecture]
-    sizes = (500, 512, 64, 12, 32)
+    sizes = (500, 640, 64, 12, 160)
     theirs = {"model_type": model_type, **dict(zip(SIZES, sizes, strict=True))}
     if architecture == "GPT2LMHeadModel":
         theirs = {"model_type": model_type, "vocab_size": 500, "n_embd": 576}
