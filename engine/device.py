@@ -34,10 +34,19 @@ class Buffer(Protocol):
         ...
 
 
+class Graph(Protocol):
+    """Work that was done once and can be done again on the same memory."""
+
+    def replay(self) -> Tensor:
+        """Do it; the tensor that it returns, filled anew. On a CPU the first replay is what capturing did."""
+        ...
+
+
 class Device(Protocol):
     """Where the model runs."""
 
     torch_device: torch.device
+    graph_sizes: tuple[int, ...]  # rows for which a decode step is worth a graph; the steps between are padded
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer: ...
 
@@ -49,6 +58,14 @@ class Device(Protocol):
 
     def synchronize(self) -> None:
         """Block until all work given so far is done; then buffers may be filled anew."""
+        ...
+
+    def capture(self, work: Callable[[], Tensor]) -> Graph:
+        """Keep work, which depends on shapes alone, as a graph; to be replayed at once."""
+        ...
+
+    def graph_columns(self, needed: int, most: int) -> int:
+        """How wide a graph's block tables should be for a step that needs so many columns."""
         ...
 
     def free_bytes(self) -> int:
@@ -86,10 +103,17 @@ class CpuDownload:
 
 
 class CpuDevice:
-    """The twin: uploads and downloads share memory with the host."""
+    """The twin: uploads and downloads share memory with the host.
+
+    Every size has a graph of its own up to 64 rows; with more, a step's arithmetic takes so long that Python's part no
+    longer shows. The tables' width costs nothing: their rows are read in place.
+    """
+
+    graph_sizes: tuple[int, ...] = tuple(range(1, 65))
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
+        self._graph_memory: Any = None  # kernels.cpu.recording.Memory, which imports Numba
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
         return CpuBuffer(shape, dtype)
@@ -102,6 +126,15 @@ class CpuDevice:
 
     def synchronize(self) -> None:
         """Work on a CPU is done when its call returns."""
+
+    def capture(self, work: Callable[[], Tensor]) -> Graph:
+        from kernels.cpu.recording import Memory, Recording
+
+        self._graph_memory = self._graph_memory or Memory()
+        return Recording(work, self._graph_memory)
+
+    def graph_columns(self, needed: int, most: int) -> int:
+        return most
 
     def free_bytes(self) -> int:
         return available_memory()
@@ -142,13 +175,35 @@ class CudaDownload:
         return array
 
 
+class CudaGraph:
+    """A CUDA graph, after runs that let libraries choose and allocate; all graphs share one pool of memory."""
+
+    def __init__(self, work: Callable[[], Tensor], device: torch.device, pool: Any) -> None:
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                work()
+        torch.cuda.current_stream(device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._output = work()
+
+    def replay(self) -> Tensor:
+        self._graph.replay()
+        return self._output
+
+
 class CudaDevice:
     """One GPU: work on the current stream, downloads on a stream of their own."""
+
+    graph_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
         torch.cuda.set_device(device)
         self._copies = torch.cuda.Stream(device)
+        self._graph_pool = torch.cuda.graph_pool_handle()
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
         return CudaBuffer(shape, dtype, self.torch_device)
@@ -161,6 +216,13 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
+
+    def capture(self, work: Callable[[], Tensor]) -> Graph:
+        return CudaGraph(work, self.torch_device, self._graph_pool)
+
+    def graph_columns(self, needed: int, most: int) -> int:
+        """A power of two: the kernels' grids follow the longest context that a graph is for."""
+        return min(most, max(64, 1 << (needed - 1).bit_length()))
 
     def free_bytes(self) -> int:
         torch.cuda.empty_cache()

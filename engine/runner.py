@@ -26,6 +26,7 @@ from engine.device import Device, open_device
 from engine.engine import Engine
 from engine.errors import ConfigError, EngineError
 from engine.grammar import Grammars, Mask
+from engine.graphs import DecodeGraphs
 from engine.logprobs import prompt_logprobs, token_logprobs
 from engine.messages import BLOCK_SIZE, Decision, EngineOptions, Progress, Ready, SamplingParams, Submit, Vocabulary
 from engine.mixture_config import MixtureConfig
@@ -94,6 +95,9 @@ class ModelRunner:
         self._seq_lens = device.buffer((max_sequences,), torch.int32)
         self._tables = device.buffer((max_sequences * columns,), torch.int32)
         self._logits_rows = device.buffer((max_sequences,), torch.int64)
+        # the plain definitions look at values, which a graph may not
+        ladder = [] if kernels.name == "torch" else [size for size in device.graph_sizes if size <= max_sequences]
+        self.graphs = DecodeGraphs(model, caches, device, ladder, max_context)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """What the ids mean, for sequences that ask for a grammar."""
@@ -119,12 +123,23 @@ class ModelRunner:
         for i in step.constrained:
             self.grammars.begin(step.seqs[step.ends[i]])
         with torch.inference_mode():
-            hidden = self.model.forward(step.batch, self.caches)
-            self._prompt_logprobs(step, hidden, result)
-            if len(step.ends):
-                self._draw(step, hidden, result)
+            logits = self._logits(step, result)
+            if logits is not None:
+                self._draw(step, logits, result)
         self._advance(step, result)
         return result
+
+    def _logits(self, step: Step, result: StepResult) -> Tensor | None:
+        """Compute the step: the logits to draw from, float32 [L, V]; None if nothing is drawn."""
+        num_seqs, batch = len(step.seqs), step.batch
+        decodes = batch.max_query_len == 1 and len(step.ends) == num_seqs and self.graphs.takes(num_seqs)
+        if decodes and all(seq.prompt_logprobs is None for seq in step.seqs):
+            tables = self.block_tables[step.rows, : batch.block_tables.shape[1]]
+            ids, slots = self._token_ids.host[:num_seqs], self._slots.host[:num_seqs]
+            return self.graphs.logits(ids, step.starts, slots, tables, batch.max_seq_len)
+        hidden = self.model.forward(batch, self.caches)
+        self._prompt_logprobs(step, hidden, result)
+        return self.model.logits(hidden.index_select(0, batch.logits_rows)) if len(step.ends) else None
 
     def _advance(self, step: Step, result: StepResult) -> None:
         """Keep by row what the scheduler notes of each sequence that goes on."""
@@ -250,12 +265,11 @@ class ModelRunner:
             else:
                 result.prompt_logprobs[seq] = found
 
-    def _draw(self, step: Step, hidden: Tensor, result: StepResult) -> None:
+    def _draw(self, step: Step, logits: Tensor, result: StepResult) -> None:
         """The next token of each sequence whose last known token is computed now, and its logprobs where asked for."""
         is_whole = len(step.ends) == len(step.seqs)
         seqs = step.seqs if is_whole else [step.seqs[i] for i in step.ends.tolist()]
         rows = step.rows[step.ends]
-        logits = self.model.logits(hidden.index_select(0, step.batch.logits_rows))
         asking = (self.num_logprobs[rows] >= 0).nonzero()[0]
         raw = logits.index_select(0, self.device.upload(asking)) if len(asking) else logits  # sampling changes logits
         masks: list[tuple[int, Mask]] = []

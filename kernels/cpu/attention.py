@@ -42,7 +42,7 @@ from kernels.cpu.simd import (
     total,
     transpose,
 )
-from kernels.cpu.threads import compile_task, describe, pool, run, scratch, word
+from kernels.cpu.threads import compile_task, describe, pool, run, scratch_and_plan, word
 from kernels.cpu.tile import MAX_ROWS, PANELS, dot_tile
 from kernels.linear import DTYPES
 
@@ -295,12 +295,12 @@ def paged_attention(
     sinks = None if sinks is None else sinks.float().contiguous()
     sequences, element, threads = seq_lens.shape[0], k_NKPE.itemsize, pool().threads
     each = _scratch_bytes(heads, kv_heads, e)
-    memory = scratch(each * threads + 4 * (sequences + 1))
+    memory, first_task = scratch_and_plan(each * threads, 4 * (sequences + 1))
     call = describe(
         FORM, q.data_ptr(), 4 * q.stride(0), k_NKPE.data_ptr(), element * k_NKPE.stride(0), v_NKPE.data_ptr(),
         element * v_NKPE.stride(0), out.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(),
         block_tables.data_ptr(), 4 * block_tables.stride(0), sequences, heads, kv_heads, e, page, window,
-        0 if sinks is None else sinks.data_ptr(), memory + each * threads, memory, scale, soft_cap,
+        0 if sinks is None else sinks.data_ptr(), first_task, memory, scale, soft_cap,
     )  # fmt: skip
     run(task(k_NKPE.dtype), call, _plan(call))
     return out if q_THE.dtype is torch.float32 else out.to(q_THE.dtype)

@@ -55,7 +55,7 @@ from kernels.cpu.simd import (
     store,
     sub,
 )
-from kernels.cpu.threads import _invoke, compile_task, describe, run, scratch, word
+from kernels.cpu.threads import _invoke, compile_task, depends_on_values, describe, run, scratch, word
 from kernels.cpu.tile import MAX_ROWS
 from kernels.experts import PackedExperts
 from kernels.mixture import SILU, Gate
@@ -255,6 +255,7 @@ def tasks() -> tuple[int, ...]:
     return tuple(compile_task(function) for function in (_gather, _product(0), _activate, _product(1), _sum))
 
 
+@depends_on_values
 def experts(
     x: Tensor,
     gate_up: PackedExperts,

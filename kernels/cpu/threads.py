@@ -19,13 +19,15 @@ import os
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, Protocol
 
 import numpy as np
 from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 from kernels.cpu.simd import I32, I64, NOTHING, get_i64, op1, op2, op3, pointer
 
@@ -35,6 +37,7 @@ TICKET, DONE, SLEEPING, BUSY = 0, 128, 256, 384
 TASK, CALL, COUNT, THREADS, STOP = 512, 520, 528, 536, 544
 MUTEX, CONDITION, STATE_BYTES = 640, 768, 1024
 LOW = 0xFFFFFFFF
+WORDS = 64  # of a call's description
 
 
 def _emit_add(builder: Any, address: Any, value: Any) -> Any:
@@ -157,6 +160,13 @@ def parallel(state: int, task: int, call: int, count: int) -> None:
 @njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
 def _run(state: int, task: int, call: int, count: int) -> None:
     parallel(state, task, call, count)
+
+
+@njit("void(int64, int64, int64, int64, int64)", nogil=True, cache=True)
+def _run_all(state: int, tasks: int, calls: int, counts: int, number: int) -> None:
+    """Many calls, each after the one before: int64 tasks and counts, descriptions of WORDS int64 each."""
+    for i in range(number):
+        parallel(state, get_i64(tasks + 8 * i), calls + 8 * WORDS * i, get_i64(counts + 8 * i))
 
 
 @njit("void(int64, int64)", nogil=True, cache=True)
@@ -285,19 +295,59 @@ class _Memory(threading.local):
     """What each Python thread lends to its calls."""
 
     def __init__(self) -> None:
-        self.words = np.zeros(64, np.int64)
+        self.words = np.zeros(WORDS, np.int64)
         self.address = self.words.ctypes.data
         self.scratch = np.empty(0, np.uint8)
+        self.recorder: Recorder | None = None
+
+
+class Recorder(Protocol):
+    """What takes note of this Python thread's calls so that they can be made again (recording.py)."""
+
+    def call(self, task: int, words: NDArray[np.int64], count: int) -> None: ...
+
+    def scratch(self, size: int) -> int: ...
+
+    def lasting(self, size: int) -> int: ...
+
+    def opaque(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any: ...
 
 
 _memory = _Memory()
 
 
+def record(recorder: Recorder | None) -> Recorder | None:
+    """From now on this thread's calls are told to `recorder`; returns the one before."""
+    before, _memory.recorder = _memory.recorder, recorder
+    return before
+
+
+def depends_on_values(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks an operation whose calls depend on what its inputs hold: a recording runs it anew as a whole."""
+
+    @wraps(function)
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        recorder = _memory.recorder
+        return function(*args, **kwargs) if recorder is None else recorder.opaque(function, args, kwargs)
+
+    return operation
+
+
 def scratch(size: int) -> int:
     """The address of `size` bytes that are this Python thread's until it asks again; aligned to 64."""
+    if _memory.recorder is not None:
+        return _memory.recorder.scratch(size)
     if _memory.scratch.nbytes < size + 64:
         _memory.scratch = np.empty(2 * size + 64, np.uint8)
     return -(-_memory.scratch.ctypes.data // 64) * 64
+
+
+def scratch_and_plan(size: int, plan: int) -> tuple[int, int]:
+    """As `scratch`, and `plan` bytes more, whose content is still there when a recorded call is made again."""
+    if _memory.recorder is not None:
+        return _memory.recorder.scratch(size), _memory.recorder.lasting(plan)
+    address = scratch(size + plan)
+    return address, address + size
 
 
 def describe(form: str, *values: float) -> int:
@@ -307,5 +357,12 @@ def describe(form: str, *values: float) -> int:
 
 
 def run(task: int, call: int, count: int) -> None:
-    """`parallel` from Python, with the GIL released."""
+    """`parallel` from Python, with the GIL released. `call` is what `describe` returned."""
+    if _memory.recorder is not None:
+        _memory.recorder.call(task, _memory.words, count)
     _run(pool().state, task, call, count)
+
+
+def run_all(tasks: NDArray[np.int64], calls: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+    """Calls with descriptions [n, WORDS], one after the other, without Python between them."""
+    _run_all(pool().state, tasks.ctypes.data, calls.ctypes.data, counts.ctypes.data, len(tasks))
