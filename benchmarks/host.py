@@ -320,7 +320,8 @@ def main() -> None:
     else:
         soak(options.requests or 200_000, options.concurrency)
     if options.save:
-        path = Path(__file__).parent / "results" / f"host-{options.command}-{date.today()}.txt"
+        name = f"host-{options.command}{'-http' * options.http}-{date.today()}.txt"
+        path = Path(__file__).parent / "results" / name
         path.write_text("\n".join([f"$ python benchmarks/host.py {' '.join(sys.argv[1:])}", *lines]) + "\n")
         print(f"written to {path}")
     gc.unfreeze()  # or Triton reports its own objects as leaked
