@@ -327,9 +327,10 @@ HEAD = """# What the kernels compile to
 Written by `python -m tools.kernel_report` with Triton {version}; `--check` (in CI) fails on a spill and on attention
 or a product of experts without tensor-core instructions. bf16 unless said, pages of 16 tokens. No GPU was used.
 
-- **variant**: E head size, G query heads per kv head, rows x keys of a tile; *short* is the launch for sequences with
-  few new tokens (decode), *long* the one for prefill chunks (`kernels/attention/plan.py`). X experts, outputs x inputs,
-  then rows x columns x depth of a tile (`kernels/experts.py`).
+- **variant**: E head size (+ features of a compressed cache that are keys alone), G query heads per kv head, rows x
+  keys of a tile; *short* is the launch for sequences with few new tokens (decode), *long* the one for prefill chunks
+  (`kernels/attention/plan.py`). X experts, outputs x inputs, then rows x columns x depth of a tile
+  (`kernels/experts.py`).
 - **spill**: bytes of stack or scratch; **side by side**: programs that fit on one multiprocessor by registers, shared
   memory and threads; **wide**: share of the bytes of all load instructions that 128-bit ones carry.
 - **per KV byte**: warp instructions of the key loop per byte of K and V. An H100 can issue about 0.28 per byte of its

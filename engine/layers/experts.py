@@ -6,17 +6,21 @@ T tokens, D hidden, I intermediate features of an expert, X experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from engine.errors import CheckpointError
 from engine.layers.placement import Placement, Read
 from engine.mixture_config import MixtureConfig
+from engine.quantization import Scheme, Stored
 from kernels import Kernels
 from kernels.experts import PackedExperts, form_of
 from kernels.linear import PackedLinear, linear, pack
+from kernels.quantized import dequantize
 
 
 @dataclass(slots=True)
@@ -116,34 +120,72 @@ class StackedExperts:
                 packed.put(e, whole[e])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InterleavedExperts:
-    """gpt-oss's, in a dense dtype: [X, D, 2I] with columns gate, up, gate, up, ...; [X, I, D]; and their biases."""
+    """gpt-oss's: gates and ups alternate, and all have biases.
+
+    In a dense dtype inputs come first, [X, D, 2I] and [X, I, D]; quantised, outputs do.
+    """
 
     prefix: str
     num_experts: int
     size: int
     inner: int
+    scheme: Scheme | None = None  # of both weights, where they are stored quantised
+
+    def find_scheme(self, scheme_of: Callable[[str], Scheme | None]) -> None:
+        self.scheme = scheme_of(f"{self.prefix}gate_up_proj")
+        if self.scheme and (self.size % 32 or self.inner % 32):
+            raise CheckpointError(
+                f"{self.scheme.name} has blocks of 32 weights; hidden_size ({self.size}) and intermediate_size "
+                f"({self.inner}) are not multiples of it."
+            )
+
+    def weights(self) -> dict[str, tuple[int, int]]:
+        """Name -> (outputs, inputs)."""
+        d, i = self.size, self.inner
+        return {f"{self.prefix}gate_up_proj": (2 * i, d), f"{self.prefix}down_proj": (d, i)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        x, d, i = self.num_experts, self.size, self.inner
-        weights: dict[str, tuple[int, ...]] = {"gate_up_proj": (x, d, 2 * i), "down_proj": (x, i, d)}
-        biases: dict[str, tuple[int, ...]] = {"gate_up_proj_bias": (x, 2 * i), "down_proj_bias": (x, d)}
-        return {self.prefix + name: shape for name, shape in (weights | biases).items()}
+        x = self.num_experts
+        found = {f"{name}_bias": (x, n) for name, (n, _) in self.weights().items()}
+        quantized = {name: shape for name, (shape, _) in self.stored().items()}
+        return found | (quantized or {name: (x, k, n) for name, (n, k) in self.weights().items()})
+
+    def stored(self) -> Stored:
+        """The tensors that stand for quantised weights."""
+        found: Stored = {}
+        if self.scheme is None:
+            return found
+        for name, (n, k) in self.weights().items():
+            one = self.scheme.stored(name, n, k)
+            found |= {part: ((self.num_experts, *shape), dtypes) for part, (shape, dtypes) in one.items()}
+        return found
 
     def load(self, read: Read, place: Placement, into: RoutedExperts) -> None:
-        for name, shape in self.shapes().items():
-            whole = torch.empty(shape, dtype=place.dtype, device=place.device)
-            read(name, whole)
-            if name.endswith("gate_up_proj_bias"):
-                into.gate_up_bias = _gates_first(whole.T).T.contiguous().to(place.activations)
-            elif name.endswith("down_proj_bias"):
-                into.down_bias = whole.to(place.activations)
-            for e in range(self.num_experts if whole.ndim == 3 else 0):
-                if name.endswith("gate_up_proj"):
-                    into.gate_up.put(e, _gates_first(whole[e].T))
-                else:
-                    into.down.put(e, whole[e].T)
+        (gate_up, gate_up_size), (down, down_size) = self.weights().items()
+        for name, size, packed in ((gate_up, gate_up_size, into.gate_up), (down, down_size, into.down)):
+            for e, weight in enumerate(self._read(read, place, name, *size)):
+                packed.put(e, _gates_first(weight) if name == gate_up else weight)
+        into.gate_up_bias = _gates_first(self._bias(read, place, gate_up).T).T.contiguous()
+        into.down_bias = self._bias(read, place, down)
+
+    def _read(self, read: Read, place: Placement, name: str, n: int, k: int) -> Iterator[Tensor]:
+        """Each expert's [N, K]."""
+        if self.scheme is not None:
+            parts = {part: read.stored(part) for part in self.scheme.stored(name, n, k)}
+            for e in range(self.num_experts):
+                one = {part: tensor[e] for part, tensor in parts.items()}
+                yield dequantize(self.scheme.read(name, n, k, one.__getitem__)).to(place.device)
+            return
+        whole = torch.empty(self.num_experts, k, n, dtype=place.dtype, device=place.device)
+        read(name, whole)
+        yield from whole.transpose(1, 2)
+
+    def _bias(self, read: Read, place: Placement, name: str) -> Tensor:
+        bias = torch.empty(self.shapes()[f"{name}_bias"], dtype=place.vectors, device=place.device)
+        read(f"{name}_bias", bias)
+        return bias.to(place.activations)
 
 
 def _gates_first(rows: Tensor) -> Tensor:
@@ -172,6 +214,17 @@ class RoutedExperts:
             x_TD, self.gate_up, self.down, ids, weights, gate=self.config.gate, gate_up_bias=self.gate_up_bias,
             down_bias=self.down_bias, shared=shared_TD, shared_gate=shared_gate_T1, load=self.tokens,
         )  # fmt: skip
+
+    def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> Stored:
+        """The tensors that stand for quantised weights; the weights themselves are kept in the model's dtype."""
+        if not isinstance(self.stored, InterleavedExperts):
+            return {}
+        self.stored.find_scheme(scheme_of)
+        return self.stored.stored()
+
+    @property
+    def num_weights(self) -> int:
+        return 3 * self.config.num_experts * self.config.hidden_size * self.config.expert_size
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self.stored.shapes()

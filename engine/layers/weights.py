@@ -54,6 +54,8 @@ class Weights:
             if isinstance(layer, Linear | Embedding):
                 layer.find_schemes(scheme_of)
                 found |= layer.stored()
+            elif isinstance(layer, RoutedExperts):
+                found |= layer.find_schemes(scheme_of)
         return found
 
     def quantized(self) -> list[tuple[Scheme, int]]:

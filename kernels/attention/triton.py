@@ -83,11 +83,12 @@ def _walk(
         key = begin + tl.arange(0, KEYS)
         at = tl.minimum(key, last) if MASKED else key  # what lies beyond is read as the last key, then masked
         block = tl.load(table + at // PAGE).to(tl.int64)
-        offset = (block * block_stride + (at % PAGE) * (KEY + E))[:, None]
-        k = _load(k_base + KEY + offset + feature[None, :], feature, E, BLOCK_E).to(q.dtype)
+        row = block * block_stride + (at % PAGE) * (KEY + E)
+        offset = (row + KEY)[:, None] + feature[None, :]
+        k = _load(k_base + offset, feature, E, BLOCK_E).to(q.dtype)
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
         if KEY:
-            only_key = _load(k_base + offset + key_feature[None, :], key_feature, KEY, BLOCK_KEY).to(q.dtype)
+            only_key = _load(k_base + row[:, None] + key_feature[None, :], key_feature, KEY, BLOCK_KEY).to(q.dtype)
             score = tl.dot(q_key, tl.trans(only_key), score, input_precision="ieee")
         score = score * scale
         if SOFT_CAP:  # tanh(y) = 1 - 2 / (e^2y + 1), right at both infinities
@@ -101,7 +102,7 @@ def _walk(
         weight = tl.exp2(score - new_peak[:, None])
         fade = tl.exp2(peak - new_peak)
         total = total * fade + tl.sum(weight, 1)
-        v = k if KEY else _load(v_base + offset + feature[None, :], feature, E, BLOCK_E).to(q.dtype)
+        v = k if KEY else _load(v_base + offset, feature, E, BLOCK_E).to(q.dtype)
         acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         peak = new_peak
     return acc, peak, total

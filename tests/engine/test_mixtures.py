@@ -5,6 +5,7 @@ transformers writes the checkpoints itself, in the layouts that its own families
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -20,6 +21,7 @@ from engine.mixture_config import MixtureConfig
 from engine.models.llama import LlamaForCausalLM
 from tests.engine.crowd import make_engine, make_runner, run, submit
 from tests.engine.test_models import FORMS, LENGTHS, Case, Driver, answer, assert_same, generate, load
+from tests.engine.tiny import write_weights
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -102,6 +104,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
             "tie_word_embeddings": True,
         },
+        {"num_local_experts": 4, "hidden_size": 64, "intermediate_size": 32, "swiglu_limit": 1.0},
     ],
 }
 LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
@@ -209,6 +212,31 @@ def test_the_runner_tells_how_many_tokens_each_expert_has_had(case_of: Any) -> N
     tokens = runner.expert_tokens()
     assert [len(counts) for counts in tokens] == [7, 0, 7]
     assert [sum(counts) for counts in tokens] == [3 * (len(case.prompts[2]) + 3), 0, 3 * (len(case.prompts[2]) + 3)]
+
+
+def test_gpt_oss_from_mxfp4_equals_transformers_own_dequantised_experts(tmp_path: Path) -> None:
+    """Random codes, and exponents around one, as transformers unpacks them."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    model = random_model("gpt_oss", 2)
+    generator = torch.Generator().manual_seed(3)
+    packed: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            x, k, n = parameter.shape
+            blocks = torch.randint(0, 256, (x, n, k // 32, 16), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(119, 123, (x, n, k // 32), generator=generator, dtype=torch.uint8)
+            packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            parameter.data = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    plain = {name: p.data for name, p in model.named_parameters() if f"{name}_blocks" not in packed}
+    model.save_pretrained(tmp_path)
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router", "lm_head"]}
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_weights(tmp_path, plain | packed)
+    prompt = torch.randint(256, (40,), generator=generator).tolist()
+    ours = generate(Driver(load(tmp_path, "cpu"), seed=5), {0: prompt}, most=11, seed=5)
+    assert_same(ours, {0: answer(model, prompt, one_by_one=False)})
 
 
 @pytest.mark.parametrize("family", CASES)
