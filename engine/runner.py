@@ -297,7 +297,8 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
     """From a model folder to an engine that has generated through the whole path.
 
     CheckpointError or ConfigError, for the user to read, if this folder or these options cannot be served here. The
-    ledger holds seconds: `open` is headers and choices, `read` is weights to their place, `warm-up` the first steps.
+    ledger holds seconds: `open` is headers and choices, `kernels` those of a CPU compiled or read from the cache, `read`
+    weights to their place, `warm-up` the first steps.
     """
     if options.model_runner != "auto":
         from engine.null import load_null_engine
@@ -312,6 +313,10 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
     weights = count_weights(checkpoint, packs_quantized)
     config, decisions = resolve(options, model_config, weights, checkpoint.stored_dtype, machine)
     kernels = choose(machine.type, config.kernels)
+    looked = time.monotonic()
+    if kernels.name == "cpu":
+        _compile(config, progress)
+    compiled = time.monotonic()
     form, chosen = _choose_arithmetic(checkpoint, config, kernels, machine)
     opened = time.monotonic()
 
@@ -344,8 +349,16 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
         max_context=config.max_context,
     )
     notes = [Decision("note", "checkpoint", note) for note in checkpoint.notes]
-    ledger = {"open": opened - began, "read": read - opened}
+    ledger = {"open": looked - began + opened - compiled, "kernels": compiled - looked, "read": read - opened}
     return served(config, runner, [*decisions, *chosen, *notes], ledger, read)
+
+
+def _compile(config: EngineConfig, progress: Callable[[Progress], None]) -> None:
+    """A CPU's kernels: half a second from the cache, ten or more the first time on a machine, which is said."""
+    from kernels.cpu import warm
+
+    progress(Progress("compiling kernels, once on this machine"))
+    warm(getattr(torch, config.dtype))
 
 
 def served(

@@ -53,7 +53,7 @@ def test_a_loaded_engine_is_new_and_says_what_was_chosen_and_how_long_it_took(fo
         "kernels", "matrix products", "threads",
     }  # fmt: skip
     assert all(decision.value and decision.reason for decision in ready.decisions)
-    assert set(ready.ledger) == {"open", "read", "warm-up"}
+    assert set(ready.ledger) == {"open", "kernels", "read", "warm-up"}
     assert all(seconds >= 0 for seconds in ready.ledger.values())
     read = [each for each in said if each.phase == "read"]
     assert read[-1].done == read[-1].total == (folder / "model.safetensors").stat().st_size - header_bytes(folder)
