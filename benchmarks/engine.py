@@ -65,8 +65,8 @@ class Step:
 class Stopwatch:
     """Where a step's time goes, seen at the surfaces of the engine's parts: no line of theirs knows of it.
 
-    `prepare` is what the runner does before the model, `sample` what it does after the logits; `output` is the books
-    after a step and the bytes of its message.
+    `prepare` is what the runner does before the model or its replay, `sample` what it does after the logits; `output` is
+    the books after a step and the bytes of its message.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -75,6 +75,7 @@ class Stopwatch:
         self.rows = 0
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._entered: dict[str, float] = {}
+        self._inside: set[str] = set()
         self._schedule = engine.scheduler.schedule
         engine.scheduler.schedule = self._noting_the_plan
 
@@ -89,7 +90,11 @@ class Stopwatch:
     def _timed(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
         self._entered.setdefault(part, start)
-        yield
+        self._inside.add(part)
+        try:
+            yield
+        finally:
+            self._inside.remove(part)
         self._spent[part] += time.perf_counter() - start
 
     def _wrap(self, owner: Any, name: str, part: str) -> Callable[[], None]:
@@ -97,6 +102,8 @@ class Stopwatch:
         inner, wait = getattr(owner, name), self.engine.runner.device.synchronize
 
         def outer(*args: Any, **kwargs: Any) -> Any:
+            if part in self._inside:  # a graph that is captured calls the model
+                return inner(*args, **kwargs)
             with self._timed(part):
                 result = inner(*args, **kwargs)
                 wait()
@@ -116,6 +123,7 @@ class Stopwatch:
                 self._wrap(runner, "run", "run"),
                 self._wrap(runner.model, "forward", "forward"),
                 self._wrap(runner.model, "logits", "forward"),
+                self._wrap(runner.graphs, "logits", "forward"),
             ]
         self._spent.clear()
         self._entered.clear()
@@ -174,7 +182,8 @@ class Figures:
 def run_rung(engine: Any, batch: int, prompt: int, steps: int, temperature: float, rng: random.Random) -> list[Step]:
     """The steps of `batch` fresh prompts until `steps` of them have drawn for all; then they are dropped.
 
-    Prompts that are read first draw meanwhile, in steps that count as prefill.
+    Prompts that are read first draw meanwhile, in steps that count as prefill. The first step that draws for all is
+    left out: it may be the one that is captured for replay.
     """
     from engine.messages import SamplingParams, Submit
 
@@ -189,9 +198,10 @@ def run_rung(engine: Any, batch: int, prompt: int, steps: int, temperature: floa
             engine.add(Submit(id=i, prompt=ids, params=params))
         found: list[Step] = []
         is_free = engine.runner.device.torch_device.type == "cpu"  # to time parts costs nothing
-        while sum(is_decode(step) and step.rows == batch for step in found) < steps:
+        while sum(is_decode(step) and step.rows == batch for step in found) <= steps:
             assert engine.has_work(), "the cache was to hold all sequences at once"
             found.append(watch.step(in_parts=is_free or len(found) % 2 == 1))
+        found.remove(next(step for step in found if is_decode(step) and step.rows == batch))
         return found
     finally:
         del engine.scheduler.schedule

@@ -25,10 +25,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Engine:
+@pytest.fixture(scope="module", params=["torch", "auto"])  # the latter replays its decode steps
+def engine(folder: Path, request: pytest.FixtureRequest) -> Engine:
     options = EngineOptions(
-        model_dir=str(folder), load_format="dummy", device="cpu", kernels="torch", max_batch_tokens=32, max_context=64
+        model_dir=str(folder),
+        load_format="dummy",
+        device="cpu",
+        kernels=request.param,
+        max_batch_tokens=32,
+        max_context=64,
     )
     return load_engine(options, lambda progress: None)[0]
 
@@ -55,7 +60,7 @@ def test_steps_are_folded_into_phases_beside_their_floor(engine: Engine) -> None
     assert (prefill.phase, prefill.steps, prefill.tokens) == ("prefill", 1, 16)
     assert (decode.phase, decode.steps, decode.tokens) == ("decode", 3, 6)
     assert decode.rate == pytest.approx(6 / sum(step.seconds for step in steps[1:]))
-    expected = sum(sizes.step([(1, 8 + i)] * 2, 2, Widths(4, 4)).seconds(rates) for i in range(3))
+    expected = sum(sizes.step([(1, 9 + i)] * 2, 2, Widths(4, 4)).seconds(rates) for i in range(3))
     assert decode.floor == pytest.approx(expected)
     assert decode.share == pytest.approx(expected / decode.seconds)
 
