@@ -3,7 +3,8 @@
     python benchmarks/peers/compare.py --peers FOLDER --model CHECKPOINT penstock llama-bf16 transformers-float32
     python benchmarks/peers/compare.py ... --reps 3 --case 1:2:128:64 --case 8:8:128:64 --case 32:32:128:64 --save NAME
 
-FOLDER is what install.sh filled, CHECKPOINT what checkpoint.py wrote (llama-KIND reads CHECKPOINT-KIND.gguf beside it).
+FOLDER is what install.sh filled, CHECKPOINT what checkpoint.py wrote; llama-KIND reads CHECKPOINT-KIND.gguf beside it,
+and so does penstock-KIND where KIND is no dtype.
 A case is concurrency:requests:prompt:answer[:shared prefix], in tokens. All servers run at once and the idle ones wait;
 each repetition loads every server with every case before the next begins, so that a machine's mood falls on all alike.
 The floor is measured before and after. Peers are started as their own documentation says for this many streams.
@@ -66,8 +67,10 @@ class Server:
 
 
 def penstock(place: Place, kind: str, port: int) -> Server:
-    dtype = ["--dtype", kind] if kind else []
-    command = [sys.executable, "-m", "server", "serve", str(place.model), "--port", str(port), *dtype]
+    is_dtype = kind in ("float32", "float16", "bfloat16")
+    model = place.gguf(kind) if kind and not is_dtype else place.model
+    dtype = ["--dtype", kind] if is_dtype else []
+    command = [sys.executable, "-m", "server", "serve", str(model), "--port", str(port), *dtype]
     return Server(command, {"PYTHONPATH": str(ROOT)})
 
 
