@@ -65,7 +65,7 @@ class Step:
 class Stopwatch:
     """Where a step's time goes, seen at the surfaces of the engine's parts: no line of theirs knows of it.
 
-    `prepare` is what the runner does before the model or its replay, `sample` what it does after the logits; `output` is
+    `prepare` is what the runner does before the model or its replay, `sample` what it does after the logits, `output`
     the books after a step and the bytes of its message.
     """
 
