@@ -158,7 +158,7 @@ def load_model(
 
     linear_form: a form of kernels/linear.py; None measures on a CPU and is "torch" elsewhere.
     progress(done, total): bytes of the files. max_positions: rows of the rope table, by default the whole context.
-    packs_quantized: quantised weights stay so, for a CPU's compiled kernels; else they become `dtype`.
+    packs_quantized: quantised weights stay so, for compiled kernels; else they become `dtype`.
     CheckpointError lists tensors that are missing, unexpected or misshapen; it comes before anything is allocated.
     Memory peaks at the model plus one layer's weight, and one tensor's pages of the file.
     """

@@ -140,7 +140,9 @@ def _quantized(options: EngineOptions, weights: WeightCount, dtype: str) -> list
         return []
     names = ", ".join(weights.schemes)
     if not weights.packed_bytes:
-        return [Decision("weights", f"{names}, dequantised", f"kept as {dtype}: only our CPU kernels keep them packed")]
+        return [
+            Decision("weights", f"{names}, dequantised", f"kept as {dtype}: --dtype or --kernels torch asks for it")
+        ]
     bits = 8 * weights.packed_bytes / weights.packed_numbers
     value = f"quantised ({names}, {bits:.2f} bits a weight), {size(weights.packed_bytes)}"
     if options.quantize is not None:

@@ -309,7 +309,7 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
     machine = look_at_machine(options.device)
     model_config = checkpoint.model_config
     asked_plain = options.dtype != "auto" and options.quantize is None
-    packs_quantized = machine.type == "cpu" and options.kernels == "auto" and not asked_plain
+    packs_quantized = options.kernels == "auto" and not asked_plain
     weights = count_weights(checkpoint, packs_quantized)
     config, decisions = resolve(options, model_config, weights, checkpoint.stored_dtype, machine)
     kernels = choose(machine.type, config.kernels)

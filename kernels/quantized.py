@@ -9,7 +9,7 @@ N outputs, K inputs, G weights that share a scale, W columns of a panel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -98,7 +98,8 @@ def dequantize(weight: Quantized) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PackedQuantized:
-    """A quantised weight in a form. "torch": rows, two 4-bit codes to a byte with the earlier one low. "numba": panels,
+    """A quantised weight in a form. "torch": rows, two 4-bit codes to a byte with the earlier one low. "triton": the
+    same, multiplied by a kernel (kernels/quantized_triton.py). "numba": panels,
     [ceil(N / W), K, W * bits / 8] of small floats, [ceil(N / W), K / 2, W * bits / 4] of integers (K rounded up to
     segments); with scales [ceil(N / W), K / G, W]."""
 
@@ -131,8 +132,23 @@ def _compiled(integers: bool) -> ModuleType:
     return integer_codes if integers else small_floats
 
 
-def pack_quantized(weight: Quantized, form: str) -> PackedQuantized:
-    """Copies a weight into a form. ValueError for one that cannot hold it."""
+@cache
+def _triton() -> ModuleType:
+    from kernels import quantized_triton
+
+    return quantized_triton
+
+
+def pack_quantized(weight: Quantized, form: str, device: torch.device | None = None) -> PackedQuantized:
+    """Copies a weight into a form, on its own device or another. ValueError for one that cannot hold it."""
+    if device is not None:
+        weight = replace(
+            weight,
+            codes=weight.codes.to(device),
+            scales=weight.scales.to(device),
+            offsets=None if weight.offsets is None else weight.offsets.to(device),
+            order=None if weight.order is None else weight.order.to(device),
+        )
     n, k = weight.codes.shape
     codes, scales, offsets = weight.codes.contiguous(), weight.scales.contiguous(), weight.offsets
     offsets = None if offsets is None else offsets.contiguous()
@@ -225,6 +241,8 @@ def quantized_linear(
         weight = dequantize(unpack_quantized(packed)).to(x.dtype)
         y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return y if out is None else out.copy_(y)
+    if packed.form == "triton":
+        return _triton().linear(x, packed, bias, out)  # type: ignore[no-any-return]
     t, k = x.shape
     n = packed.out_features
     if x.dtype is not torch.float32 or k != packed.in_features:

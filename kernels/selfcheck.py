@@ -24,6 +24,7 @@ from kernels import Kernels, choose, definitions
 from kernels.activation import KINDS
 from kernels.experts import PackedExperts, form_of
 from kernels.mixture import Routing
+from kernels.quantized import BITS, Quantized, dequantize, pack_quantized, quantized_linear
 
 PAGE = 16
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of 1 + |value|, for the dtype's rounding
@@ -267,6 +268,24 @@ def _check_route(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> 
     return pairs
 
 
+def _check_quantized(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
+    """Every kind of code for one row, some and many; only GPUs have a kernel of their own for them here."""
+    if kernels.name != "triton":
+        return []
+    dtype, device, n, k = getattr(torch, sizes.dtype), generator.device, 64, sizes.hidden
+    pairs = []
+    for values, bits in ((values, bits) for values, each in BITS.items() for bits in each):
+        codes = torch.randint(0, 120 if bits == 8 else 16, (n, k), generator=generator, device=device).byte()
+        plain = dequantize(Quantized(codes, torch.ones(n, 1, device=device), None, k, bits, values))
+        scales = torch.rand(n, -(-k // 32), generator=generator, device=device) / plain.norm(dim=1, keepdim=True)
+        weight = Quantized(codes, scales, -scales, 32, bits, values)
+        packed, exact = pack_quantized(weight, "triton"), dequantize(weight).to(dtype).double()
+        for rows in (1, 40, 100):
+            x = torch.randn(rows, k, generator=generator, device=device, dtype=dtype)
+            pairs.append((quantized_linear(x, packed), x.double() @ exact.T))
+    return pairs
+
+
 def _check_experts(kernels: Kernels, sizes: Sizes, generator: torch.Generator) -> list[Pair]:
     """Few rows per expert and many, with a shared expert and without. Four experts do: real ones fill the memory."""
     pairs: list[Pair] = []
@@ -331,5 +350,6 @@ CHECKS: dict[str, Callable[[Kernels, Sizes, torch.Generator], list[Pair]]] = {
     "activation": _check_activation,
     "route": _check_route,
     "experts": _check_experts,
+    "quantized": _check_quantized,
     "sample": _check_sample,
 }

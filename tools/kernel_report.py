@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import activation, experts, norm, rope_kv, route, sample
+from kernels import activation, experts, norm, quantized_triton, rope_kv, route, sample
 from kernels.attention import plan
 from kernels.attention import triton as attention
 from kernels.jit import OPTIONS
@@ -56,6 +56,9 @@ POINTERS = {
     **dict.fromkeys(("part_ptr", "part_peak_ptr", "cos_sin_ptr", "q_scale_ptr", "logits_ptr", "weights_ptr"), "*fp32"),
     **dict.fromkeys(("temperature_ptr", "top_p_ptr", "min_p_ptr"), "*fp32"),
     "uniform_ptr": "*fp64",
+    **dict.fromkeys(("scales_ptr", "offsets_ptr"), "*fp16"),
+    "codes_ptr": "*u8",
+    "numbers_ptr": "*fp32",
 }  # all others point at the model's dtype
 FLOATS = ("scale", "soft_cap", "eps", "x_scale", "alpha", "limit", "offset")  # all other arguments are integers
 
@@ -98,8 +101,9 @@ KERNELS: dict[str, Any] = {
     "experts place": experts._place,
     "experts product": experts._product,
     "experts sum": experts._sum,
+    "quantized": quantized_triton._quantized,
 }
-TENSOR_CORES_NEEDED = ("attention", "experts product")
+TENSOR_CORES_NEEDED = ("attention", "experts product", "quantized")
 
 
 def cases(quick: bool) -> list[Case]:
@@ -123,6 +127,7 @@ def cases(quick: bool) -> list[Case]:
             found += expert_cases(target, 8, 2, 4096, 14336)  # Mixtral 8x7B
             found += expert_cases(target, 32, 4, 2880, 2880, bias=True)  # gpt-oss-20b
         found += routing_cases(target, quick)
+        found += quantized_cases(target, quick)
     return found
 
 
@@ -188,6 +193,17 @@ def expert_cases(
             name = f"X{num_experts} {columns}x{features}{' gated' if gated else ''}{' bias' if bias else ''}"
             shape = f"{name} {tile.rows}x{tile.columns}x{tile.depth}"
             yield Case(target, "experts product", shape, constants, tile.options())
+
+
+def quantized_cases(target: str, quick: bool) -> Iterable[Case]:
+    """Every kind of code in every tile."""
+    kinds = (("unsigned", 4, 64, True), ("signed", 8, 128, False), ("nf4", 4, 64, False), ("e4m3", 8, 4096, False),
+             ("e2m1", 4, 32, False))  # fmt: skip
+    for values, bits, group, offsets in kinds[: 1 if quick else None]:
+        for tile in quantized_triton.TILES[target]:
+            constants = quantized_triton.constants(4096, 4096, bits, group, values, offsets, False, tile)
+            shape = f"{values}{bits} G{group}{' offsets' * offsets} {tile.rows}x{tile.columns}x{tile.depth}"
+            yield Case(target, "quantized", shape, constants, tile.options())
 
 
 def routing_cases(target: str, quick: bool) -> Iterable[Case]:
@@ -324,8 +340,9 @@ def row(case: Case, found: Figures) -> str:
 
 HEAD = """# What the kernels compile to
 
-Written by `python -m tools.kernel_report` with Triton {version}; `--check` (in CI) fails on a spill and on attention
-or a product of experts without tensor-core instructions. bf16 unless said, pages of 16 tokens. No GPU was used.
+Written by `python -m tools.kernel_report` with Triton {version}; `--check` (in CI) fails on a spill and on attention,
+a product of experts or of quantised weights without tensor-core instructions. bf16 unless said, pages of 16 tokens. No
+GPU was used.
 
 - **variant**: E head size (+ features of a compressed cache that are keys alone), G query heads per kv head, rows x
   keys of a tile; *short* is the launch for sequences with few new tokens (decode), *long* the one for prefill chunks

@@ -57,7 +57,8 @@ class Embedding:
         if self.scheme is not None:
             quantized = self.scheme.read(self.name, self.vocab_size, self.size, read.stored)
             if place.packs_quantized:
-                self.weight = pack_quantized(quantized, "numba" if self.tied else "torch")
+                form = place.quantized_form if self.tied else "torch"
+                self.weight = pack_quantized(quantized, form, place.device)
                 return
             weight = dequantize(quantized).to(place.device, place.dtype)
         else:

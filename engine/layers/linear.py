@@ -100,7 +100,7 @@ def _pack(weight: Quantized | Tensor, place: Placement) -> AnyPacked:
     if isinstance(weight, Tensor):
         return pack(weight, place.linear_form)
     if place.packs_quantized:
-        return pack_quantized(weight, "numba")
+        return pack_quantized(weight, place.quantized_form, place.device)
     return pack(dequantize(weight).to(place.device, place.dtype), place.linear_form)
 
 

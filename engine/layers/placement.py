@@ -31,6 +31,11 @@ class Placement:
     packs_quantized: bool = False  # quantised weights stay so; else they become `dtype`
 
     @property
+    def quantized_form(self) -> str:
+        """kernels/quantized.py's name for how quantised weights that stay so are laid out."""
+        return "numba" if self.device.type == "cpu" else "triton"
+
+    @property
     def vectors(self) -> torch.dtype:
         """Norms' weights and biases are rounded to the model's dtype; beside quantised matrices they stay exact."""
         return self.activations if self.packs_quantized else self.dtype

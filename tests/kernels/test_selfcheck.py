@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Kernels, choose, definitions, selfcheck
+from kernels import Kernels, choose, definitions, quantized_triton, selfcheck
 from kernels.mixture import Routing
 from kernels.selfcheck import CHECKS, Sizes
 
@@ -32,7 +32,18 @@ def test_the_definitions_pass(dtype: str, cache_dir: Path) -> None:
 def test_every_operation_is_checked() -> None:
     from kernels import OPERATIONS
 
-    assert tuple(CHECKS) == OPERATIONS
+    assert tuple(name for name in CHECKS if name != "quantized") == OPERATIONS
+
+
+def test_a_wrong_quantised_product_is_named(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = replace(definitions(), name="triton")
+    sizes = replace(TINY, dtype="float32", experts=0)
+    assert check(gpu, cache_dir, sizes) == []
+    right = quantized_triton.linear
+    monkeypatch.setattr(quantized_triton, "linear", lambda *args: off_by_a_tenth(right(*args)))
+    (cache_dir / "kernels.json").unlink()
+    (line,) = check(gpu, cache_dir, sizes)
+    assert line.startswith("quantized (error ")
 
 
 def off_by_a_tenth(result: Any) -> Any:
