@@ -35,6 +35,8 @@ class ModelInfo:
 def read_model_info(folder: Path, generation_config: str = "auto") -> ModelInfo:
     """Facts of `folder`. With generation_config "none" only the eos ids are taken."""
     config, generation = _read(folder / "config.json"), _read(folder / "generation_config.json")
+    text = config.get("text_config")
+    config = (text if isinstance(text, dict) else {}) | config  # of a model that also sees, its text part
     eos = [*_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
     defaults = {}
     if generation_config == "auto":

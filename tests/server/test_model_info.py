@@ -22,6 +22,13 @@ def test_all_eos_ids_of_both_files_are_honoured(tmp_path: Path) -> None:
     assert info.eos_token_ids == [7, 2, 9]
 
 
+def test_a_model_that_also_sees_has_the_facts_of_its_text_part(tmp_path: Path) -> None:
+    config = {"eos_token_id": [1, 106], "text_config": {"eos_token_id": 5, "vocab_size": 300}}
+    info = read_model_info(folder(tmp_path, config))
+    assert (info.eos_token_ids, info.vocab_size) == ([1, 106], 300)
+    assert read_model_info(folder(tmp_path, {"text_config": [3]})) == ModelInfo()
+
+
 def test_the_authors_sampling_parameters_are_taken_or_ignored_as_told(tmp_path: Path) -> None:
     where = folder(tmp_path, {}, {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "num_beams": 4})
     assert read_model_info(where).defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
