@@ -297,8 +297,8 @@ def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) ->
     """From a model folder to an engine that has generated through the whole path.
 
     CheckpointError or ConfigError, for the user to read, if this folder or these options cannot be served here. The
-    ledger holds seconds: `open` is headers and choices, `kernels` those of a CPU compiled or read from the cache, `read`
-    weights to their place, `warm-up` the first steps.
+    ledger holds seconds: `open` is headers and choices, `kernels` those of a CPU compiled or read from the cache,
+    `read` weights to their place, `warm-up` the first steps.
     """
     if options.model_runner != "auto":
         from engine.null import load_null_engine
