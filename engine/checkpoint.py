@@ -108,6 +108,9 @@ def _open(path: Path, *, is_dummy: bool) -> Checkpoint:
 
         tensors = dummy_tensors(model_config)
         return Checkpoint(path, config, generation_config, model_config, tensors, (*notes, NOTE), is_dummy=True)
+    window = next((rope.original_window for rope in model_config.ropes if rope and rope.kind == "longrope"), None)
+    if window and window < model_config.context_length:
+        notes = (*notes, f"Longrope: its factors for long sequences serve all, but for --max-context {window} or less.")
     if config["architectures"][0] in TEXT_PARTS:
         notes = (*notes, "Only the model's text part is served; it sees no images.")
     tensors = _named(_read_headers(path), config["architectures"][0] in TEXT_PARTS, model_config)

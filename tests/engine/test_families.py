@@ -129,3 +129,10 @@ def test_gpt2_files_without_a_prefix_and_with_masks_are_read(tmp_path: Path) -> 
 def test_what_a_family_does_not_do_is_named(architecture: str, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_model_config(family_config(architecture, 0) | keys)
+
+
+def test_which_longrope_factors_serve_is_said_where_there_is_a_choice(tmp_path: Path) -> None:
+    make_family(tmp_path / "long", "Phi3ForCausalLM", 0)
+    make_family(tmp_path / "short", "Phi3ForCausalLM", 1)
+    assert "--max-context 4 or less" in "".join(open_checkpoint(tmp_path / "long").notes)
+    assert open_checkpoint(tmp_path / "short").notes == ()
