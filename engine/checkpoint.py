@@ -137,7 +137,7 @@ def count_weights(checkpoint: Checkpoint, packs_quantized: bool) -> WeightCount:
     stored = model.weights.find_schemes(checkpoint.scheme_of)
     stored_plainly = (name for name in checkpoint.tensors if name not in stored and not name.endswith(OF_ACTIVATIONS))
     numbers = sum(math.prod(checkpoint.tensors[name].shape) for name in stored_plainly)
-    numbers += sum(layer.num_weights for layer in model.weights.experts() if layer.shapes().keys() & stored)
+    numbers += model.weights.expanded()
     quantized = model.weights.quantized()
     names, count = tuple(sorted({scheme.name for scheme, _ in quantized})), sum(count for _, count in quantized)
     if not packs_quantized:

@@ -61,6 +61,12 @@ class Router:
 class StoredExperts(Protocol):  # SeparateExperts, StackedExperts, InterleavedExperts
     """How a checkpoint keeps the experts of a layer."""
 
+    def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> None:
+        """Looks which weights are stored quantised."""
+
+    def stored(self) -> Stored:
+        """The tensors that stand for those."""
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Its tensors."""
 
@@ -68,32 +74,52 @@ class StoredExperts(Protocol):  # SeparateExperts, StackedExperts, InterleavedEx
         """Fill `into`'s empty weights, and its biases where there are any."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SeparateExperts:
-    """A tensor for each projection of each expert, as nearly all checkpoints have them."""
+    """A tensor for each projection of each expert, as nearly all checkpoints have them; or what stands for it."""
 
     prefix: str
     num_experts: int
     size: int  # D
     inner: int  # I
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    schemes: dict[str, Scheme] = field(default_factory=dict)  # of the weights that are stored quantised
+
+    def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> None:
+        for name, (n, k) in self.weights().items():
+            scheme = scheme_of(name)
+            # A scheme for a plain tensor is --quantize's, which leaves experts as they are.
+            if scheme is not None and scheme.stored(name, n, k).keys() != {f"{name}.weight"}:
+                self.schemes[name] = scheme
+
+    def weights(self) -> dict[str, tuple[int, int]]:
+        """Name without ".weight" -> (outputs, inputs)."""
+        return {name: shape for e in range(self.num_experts) for name, shape in self._of(e).items()}
+
+    def _of(self, expert: int) -> dict[str, tuple[int, int]]:
+        shapes = ((self.inner, self.size), (self.inner, self.size), (self.size, self.inner))
+        return {f"{self.prefix}{expert}.{name}": shape for name, shape in zip(self.names, shapes, strict=True)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = ((self.inner, self.size), (self.inner, self.size), (self.size, self.inner))
-        return {
-            name: shape for e in range(self.num_experts) for name, shape in zip(self.tensors(e), shapes, strict=True)
-        }
+        plain = {f"{name}.weight": shape for name, shape in self.weights().items() if name not in self.schemes}
+        return {name: shape for name, (shape, _) in self.stored().items()} | plain
 
-    def tensors(self, expert: int) -> tuple[str, str, str]:
-        gate, up, down = (f"{self.prefix}{expert}.{name}.weight" for name in self.names)
-        return gate, up, down
+    def stored(self) -> Stored:
+        found: Stored = {}
+        for name, (n, k) in self.weights().items():
+            if name in self.schemes:
+                found |= self.schemes[name].stored(name, n, k)
+        return found
 
     def load(self, read: Read, place: Placement, into: RoutedExperts) -> None:
         gate_up = torch.empty(2 * self.inner, self.size, dtype=place.dtype, device=place.device)
         down = torch.empty(self.size, self.inner, dtype=place.dtype, device=place.device)
         for e in range(self.num_experts):
-            for name, out in zip(self.tensors(e), (*gate_up.split(self.inner), down), strict=True):
-                read(name, out)
+            for (name, size), out in zip(self._of(e).items(), (*gate_up.split(self.inner), down), strict=True):
+                if name in self.schemes:
+                    out.copy_(dequantize(self.schemes[name].read(name, *size, read.stored)))
+                else:
+                    read(f"{name}.weight", out)
             into.gate_up.put(e, gate_up)
             into.down.put(e, down)
 
@@ -107,6 +133,12 @@ class StackedExperts:
     num_experts: int
     size: int
     inner: int
+
+    def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> None:
+        """No format packs such tensors."""
+
+    def stored(self) -> Stored:
+        return {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         x, d, i = self.num_experts, self.size, self.inner
@@ -133,7 +165,7 @@ class InterleavedExperts:
     inner: int
     scheme: Scheme | None = None  # of both weights, where they are stored quantised
 
-    def find_scheme(self, scheme_of: Callable[[str], Scheme | None]) -> None:
+    def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> None:
         self.scheme = scheme_of(f"{self.prefix}gate_up_proj")
         if self.scheme and (self.size % 32 or self.inner % 32):
             raise CheckpointError(
@@ -217,13 +249,14 @@ class RoutedExperts:
 
     def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> Stored:
         """The tensors that stand for quantised weights; the weights themselves are kept in the model's dtype."""
-        if not isinstance(self.stored, InterleavedExperts):
-            return {}
-        self.stored.find_scheme(scheme_of)
+        self.stored.find_schemes(scheme_of)
         return self.stored.stored()
 
     @property
-    def num_weights(self) -> int:
+    def expanded(self) -> int:
+        """Weights that are stored quantised and kept as plain numbers."""
+        if not self.stored.stored():
+            return 0
         return 3 * self.config.num_experts * self.config.hidden_size * self.config.expert_size
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

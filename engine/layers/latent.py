@@ -6,6 +6,8 @@ its result, so that nothing is ever expanded: not in the cache, not in a step.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +16,11 @@ from torch import Tensor
 from engine.batch import Batch, LayerCache
 from engine.layers.placement import Placement, Read
 from engine.layers.rope import RotaryTable
+from engine.quantization import Scheme, Stored
 from kernels import Kernels
 from kernels.experts import PackedExperts, form_of
 from kernels.per_head import per_head
+from kernels.quantized import dequantize
 
 # T tokens, H heads, R features of the latent, P rotated features, N other features of a key, V of a value
 
@@ -53,6 +57,7 @@ class HeadProjections:
     value_size: int  # V
     rank: int  # R
     kernels: Kernels
+    scheme: Scheme | None = None  # where it is stored quantised; it is kept in the model's dtype
     keys: PackedExperts = field(init=False)  # H times [R, N]
     values: PackedExperts = field(init=False)  # H times [V, R]
 
@@ -64,13 +69,37 @@ class HeadProjections:
         """[T, H, V] from the attended latents."""
         return per_head(o_THR, self.values)
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(outputs, inputs) in the checkpoint."""
+        return self.heads * (self.key_size + self.value_size), self.rank
+
+    def find_schemes(self, scheme_of: Callable[[str], Scheme | None]) -> Stored:
+        """The tensors that stand for a quantised weight. A scheme for a plain one is --quantize's, of no use here."""
+        scheme = scheme_of(self.name)
+        found = {} if scheme is None else scheme.stored(self.name, *self.matrix)
+        if found.keys() <= {f"{self.name}.weight"}:
+            return {}
+        self.scheme = scheme
+        return found
+
+    @property
+    def expanded(self) -> int:
+        """Weights that are stored quantised and kept as plain numbers."""
+        return math.prod(self.matrix) if self.scheme else 0
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {f"{self.name}.weight": (self.heads * (self.key_size + self.value_size), self.rank)}
+        if self.scheme is None:
+            return {f"{self.name}.weight": self.matrix}
+        return {name: shape for name, (shape, _) in self.scheme.stored(self.name, *self.matrix).items()}
 
     def load(self, read: Read, place: Placement) -> None:
         sizes = (self.key_size, self.value_size)
-        weight = torch.empty(self.heads * sum(sizes), self.rank, dtype=place.dtype, device=place.device)
-        read(f"{self.name}.weight", weight)
+        weight = torch.empty(self.matrix, dtype=place.dtype, device=place.device)
+        if self.scheme is None:
+            read(f"{self.name}.weight", weight)
+        else:
+            weight.copy_(dequantize(self.scheme.read(self.name, *self.matrix, read.stored)))
         form, where = form_of(self.kernels.name), (place.dtype, place.device)
         self.keys = PackedExperts.empty(form, self.heads, self.rank, self.key_size, *where)
         self.values = PackedExperts.empty(form, self.heads, self.value_size, self.rank, *where)

@@ -54,9 +54,13 @@ class Weights:
             if isinstance(layer, Linear | Embedding):
                 layer.find_schemes(scheme_of)
                 found |= layer.stored()
-            elif isinstance(layer, RoutedExperts):
+            elif isinstance(layer, RoutedExperts | HeadProjections):
                 found |= layer.find_schemes(scheme_of)
         return found
+
+    def expanded(self) -> int:
+        """Weights that are stored quantised and kept as plain numbers in any case; after `find_schemes`."""
+        return sum(layer.expanded for layer in self.layers if isinstance(layer, RoutedExperts | HeadProjections))
 
     def quantized(self) -> list[tuple[Scheme, int]]:
         """(scheme, number of weights) of all that is stored quantised; after `find_schemes`."""

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from engine.mixture_config import MixtureConfig
 from engine.models.llama import LlamaForCausalLM
 from tests.engine.crowd import make_engine, make_runner, run, submit
+from tests.engine.quantized_files import FORMATS
 from tests.engine.test_models import FORMS, LENGTHS, Case, Driver, answer, assert_same, generate, load
 from tests.engine.tiny import write_weights
 
@@ -41,6 +43,14 @@ CASES: dict[str, list[dict[str, Any]]] = {
             "use_sliding_window": True,
             "sliding_window": 20,
             "max_window_layers": 2,
+        },
+        {
+            "hidden_size": 64,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 40,
+            "num_experts": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
         },
     ],
     "qwen3_moe": [
@@ -237,6 +247,39 @@ def test_gpt_oss_from_mxfp4_equals_transformers_own_dequantised_experts(tmp_path
     prompt = torch.randint(256, (40,), generator=generator).tolist()
     ours = generate(Driver(load(tmp_path, "cpu"), seed=5), {0: prompt}, most=11, seed=5)
     assert_same(ours, {0: answer(model, prompt, one_by_one=False)})
+
+
+@pytest.mark.parametrize(
+    ("family", "number", "name"),
+    [("qwen2_moe", 2, "gptq-4"), ("qwen2_moe", 2, "fp8-blocks"), ("deepseek_v3", 1, "fp8-blocks")],
+)
+def test_quantised_experts_and_heads_give_what_their_weights_give(
+    tmp_path: Path, family: str, number: int, name: str
+) -> None:
+    """Both are kept in the model's dtype."""
+    model = random_model(family, number)
+    model.save_pretrained(tmp_path / "plain")
+    settings, write = FORMATS[name]
+    tensors: dict[str, Tensor] = {}
+    meant = load_file(tmp_path / "plain" / "model.safetensors")
+    for path, weight in list(meant.items()):
+        if ".experts." not in path and "kv_b_proj" not in path:
+            tensors[path] = weight
+            continue
+        parts, meant[path] = write(weight)
+        tensors |= {f"{path.removesuffix('weight')}{suffix}": part for suffix, part in parts.items()}
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    write_weights(tmp_path / "plain", meant)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    save_file(tensors, tmp_path / "packed" / "model.safetensors")
+    prompts = {0: list(range(30))}
+    packed, plain = (
+        generate(Driver(load(tmp_path / kind, "cpu"), seed=1), prompts, most=11, seed=1)[0]
+        for kind in ("packed", "plain")
+    )
+    assert packed[0] == plain[0]
+    torch.testing.assert_close(packed[1], plain[1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", CASES)
