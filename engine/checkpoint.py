@@ -92,6 +92,13 @@ def open_checkpoint(directory: str | Path, load_format: str = "auto", quantize: 
     return replace(found, scheme_of=schemes(quantize, found.tensors, (embedding, HEAD)))
 
 
+def read_json_config(path: Path) -> dict[str, Any]:
+    """A config.json. CheckpointError as `open_checkpoint`."""
+    if not path.parent.is_dir() or not path.exists():
+        raise CheckpointError(f"{path} does not exist.")
+    return read_json(_inside(path.parent, path.name), MAX_CONFIG_BYTES)
+
+
 def _open(path: Path, *, is_dummy: bool) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} {'is a file, not a model folder' if path.exists() else 'does not exist'}.")
@@ -125,6 +132,7 @@ class WeightCount:
     packed_bytes: int = 0  # of those that stay quantised
     packed_numbers: int = 0
     schemes: tuple[str, ...] = ()  # how some are stored, or rounded while they are read
+    roundable: int = 0  # of `numbers`: those that --quantize would round
 
 
 def count_weights(checkpoint: Checkpoint, packs_quantized: bool) -> WeightCount:
@@ -140,6 +148,13 @@ def count_weights(checkpoint: Checkpoint, packs_quantized: bool) -> WeightCount:
     numbers += model.weights.expanded()
     quantized = model.weights.quantized()
     names, count = tuple(sorted({scheme.name for scheme, _ in quantized})), sum(count for _, count in quantized)
+    if not quantized:
+        linears = {
+            f"{name}.weight": n * linear.in_features
+            for linear in model.weights.linears()
+            for name, n in linear.parts.items()
+        }
+        return WeightCount(numbers, roundable=sum(linears.values()) - linears.get(HEAD, 0))
     if not packs_quantized:
         return WeightCount(numbers + count, schemes=names)
     packed = sum(int(scheme.bits * count / 8) for scheme, count in quantized)

@@ -10,13 +10,11 @@ import math
 import os
 from dataclasses import dataclass, replace
 
-import torch
-
 from engine.checkpoint import WeightCount
-from engine.device import available_memory
 from engine.errors import ConfigError
 from engine.messages import BLOCK_SIZE, Decision, EngineOptions
 from engine.model_config import ModelConfig
+from engine.quantization.on_the_fly import bits_of
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KERNELS = ("auto", "torch")
@@ -70,6 +68,10 @@ class EngineConfig:
 
 def look_at_machine(requested: str) -> Machine:
     """The device asked for, or the first GPU, or the CPU. ConfigError when it is not there."""
+    import torch  # here, so that a plan can be made without it
+
+    from engine.device import available_memory
+
     kind, _, index = requested.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
         raise ConfigError(f"--device {requested} is not known; use auto, cpu, cuda or cuda:N.")
@@ -290,13 +292,17 @@ def _check_memory(
         ways.append(f"--kv-cache-bytes {free - weights - work}")
     if config.dtype == "float32" and weights // 2 + work + cache <= free:
         ways.append("--dtype bfloat16")
+    for kind in ("int8", "nf4") if count.roundable and config.kernels == "auto" else ():
+        rounded = weights - count.roundable * ITEM_BYTES[config.dtype] + int(count.roundable * bits_of(kind) / 8)
+        if rounded + work + cache <= free:
+            ways.append(f"--quantize {kind}")
     tokens, sequences = max(16, config.max_batch_tokens // 16), max(1, config.max_sequences // 16)
     lighter = workspace_bytes(replace(config, max_batch_tokens=tokens, max_sequences=sequences), model)
     if weights + lighter + cache <= free:
         ways.append(f"--max-batch-tokens {tokens} --max-sequences {sequences}")
     helps = "No option makes it fit: free memory, or take a smaller model."
     if ways:
-        helps = f"What helps: {', or '.join(ways)}."
+        helps = "\n  ".join(["What works:", *(f"penstock serve {options.model_dir} {way}" for way in ways[:3])])
     kind = "quantised" if count.packed_bytes else config.dtype
     raise ConfigError(
         f"Not enough memory on {machine.device}: it needs {size(weights + work + cache)}, {size(free)} are free.\n"

@@ -33,7 +33,6 @@ def schemes(kind: str, tensors: Headers, plain: Collection[str]) -> Callable[[st
     """As `engine.quantization.find_schemes`, for every weight but those in `plain`. ConfigError for an unknown kind."""
     if kind not in KINDS:
         raise ConfigError(f"--quantize {kind} is not known; use one of {', '.join(KINDS)}.")
-    _, bits, group, extra = KINDS[kind]
 
     def stored(name: str, n: int, k: int) -> Stored:
         return {f"{name}.weight": ((n, k), FLOATS)}
@@ -41,8 +40,14 @@ def schemes(kind: str, tensors: Headers, plain: Collection[str]) -> Callable[[st
     def read(name: str, n: int, k: int, get: Callable[[str], Tensor]) -> Quantized:
         return quantize(get(f"{name}.weight"), kind)
 
-    made = Scheme(kind, bits + (extra / group if group else 0.0), stored, read)
+    made = Scheme(kind, bits_of(kind), stored, read)
     return lambda name: made if f"{name}.weight" in tensors and f"{name}.weight" not in plain else None
+
+
+def bits_of(kind: str) -> float:
+    """Of one weight, its share of scales and offsets included."""
+    _, bits, group, extra = KINDS[kind]
+    return bits + (extra / group if group else 0.0)
 
 
 def quantize(weight: Tensor, kind: str) -> Quantized:

@@ -208,7 +208,7 @@ def test_too_little_memory_is_refused_with_both_numbers_and_only_with_ways_out_t
     text = str(caught.value)
     assert len(text.splitlines()) <= 6
     assert f"{configuration.size(machine.free_bytes)} are free" in text
-    found = re.findall(r"--[^.,]*[^., ]", text)
+    found = re.findall(r"penstock serve m (--.+)", text)
     assert len(found) == len(ways)
     assert all(shown.startswith(way) for shown, way in zip(found, ways, strict=True))
     for way in found:
