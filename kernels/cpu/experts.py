@@ -55,7 +55,7 @@ from kernels.cpu.simd import (
     store,
     sub,
 )
-from kernels.cpu.threads import _invoke, compile_task, depends_on_values, describe, run, scratch, word
+from kernels.cpu.threads import compile_task, depends_on_values, describe, invoke, run, scratch, word
 from kernels.cpu.tile import MAX_ROWS
 from kernels.experts import PackedExperts
 from kernels.mixture import SILU, Gate
@@ -211,7 +211,7 @@ def _product(which: int) -> Any:
         firsts = word(call, FIRST_TASK) + which * 8 * (experts + 1)
         e = _owner(firsts, experts, index)
         mine = word(call, CALLS) + CALL_BYTES * (which * experts + e)
-        _invoke(word(call, LINEAR), mine, index - get_i64(firsts + 8 * e), thread)
+        invoke(word(call, LINEAR), mine, index - get_i64(firsts + 8 * e), thread)
 
     return product
 

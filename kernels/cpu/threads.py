@@ -99,7 +99,7 @@ give_way = op1(types.int32, types.int64, _libc("sched_yield"))  # ignores its ar
 
 
 @intrinsic
-def _invoke(typing: Any, task: Any, call: Any, index: Any, thread: Any) -> Any:
+def invoke(typing: Any, task: Any, call: Any, index: Any, thread: Any) -> Any:
     """Calls the address of a task."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -120,7 +120,7 @@ def _claim(state: int, number: int, thread: int) -> None:
         if ticket >> 32 != number or index >= atomic_read(state + COUNT):
             return
         if atomic_swap(state + TICKET, ticket, ticket + 1):
-            _invoke(task, call, index, thread)
+            invoke(task, call, index, thread)
             atomic_add(state + DONE, 1)
 
 
@@ -132,7 +132,7 @@ def parallel(state: int, task: int, call: int, count: int) -> None:
     """
     if count <= 1 or get_i64(state + THREADS) <= 1 or not atomic_swap(state + BUSY, 0, 1):
         for index in range(count):
-            _invoke(task, call, index, 0)
+            invoke(task, call, index, 0)
         return
     last = atomic_read(state + TICKET)
     atomic_write(state + TICKET, last | LOW)

@@ -41,8 +41,8 @@ def folder_of(family: str, tmp_path: Path) -> Path:
     return tmp_path / "m"
 
 
-FAMILIES = (*ARCHITECTURES, "mixtral", "gpt_oss", "deepseek_v3", "Gemma2ForCausalLM", "GPT2LMHeadModel", "Phi3ForCausalLM",
-            "Cohere2ForCausalLM", "GraniteForCausalLM")  # fmt: skip
+FAMILIES = (*ARCHITECTURES, "mixtral", "gpt_oss", "deepseek_v3", "Gemma2ForCausalLM", "GPT2LMHeadModel",
+            "Phi3ForCausalLM", "Cohere2ForCausalLM", "GraniteForCausalLM")  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
