@@ -1,4 +1,4 @@
-"""`penstock plan`: the sizes that loading would find, without torch; what does not fit is told with commands that do."""
+"""`penstock plan`: the sizes that loading would find, without torch; what does not fit is told with what does."""
 
 from __future__ import annotations
 

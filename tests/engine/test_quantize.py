@@ -38,7 +38,9 @@ def test_nf4_is_bitsandbytes_but_for_scales_of_16_bits() -> None:
     weight = torch.randn(24, 128).clamp(-3.5, 3.5)
     weight[:, ::64] = 4.0 * torch.rand(24, 2).clamp(min=0.9).half().float()  # each block's largest fits in float16
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
-    assert torch.equal(dequantize(quantize(weight, "nf4")), bnb.dequantize_4bit(codes, state))
+    found, theirs = dequantize(quantize(weight, "nf4")), bnb.dequantize_4bit(codes, state)
+    torch.testing.assert_close((found - weight).abs(), (theirs - weight).abs(), rtol=0, atol=1e-5)
+    assert (found != theirs).sum() <= 3  # a weight in the middle of two values may go either way
 
 
 @pytest.mark.parametrize("kind", KINDS)
