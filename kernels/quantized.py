@@ -83,10 +83,16 @@ def value_table(values: str, bits: int) -> Tensor:
     return torch.cat([positive, -positive])
 
 
+@cache
+def table_on(values: str, bits: int, device: torch.device) -> Tensor:
+    """`value_table` on a device, copied there once: no copy may come between the kernels of a recorded step."""
+    return value_table(values, bits).to(device)
+
+
 def dequantize(weight: Quantized) -> Tensor:
     """float32 [N, K]; exact but for one rounding of the sum."""
     k = weight.codes.shape[1]
-    values = value_table(weight.values, weight.bits).to(weight.codes.device)[weight.codes.long()]
+    values = table_on(weight.values, weight.bits, weight.codes.device)[weight.codes.long()]
 
     def spread(part: Tensor) -> Tensor:
         return part.float().repeat_interleave(weight.group, dim=1)[:, :k]

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.attention.plan import target_name
 from kernels.experts import Tile
 from kernels.jit import OPTIONS, jit, tl
-from kernels.quantized import PackedQuantized, value_table
+from kernels.quantized import PackedQuantized, table_on
 
 # The tile for up to its rows; the last for all others. docs/kernels.md holds what they compile to.
 TILES: dict[str, tuple[Tile, ...]] = {
@@ -128,11 +128,6 @@ def _target(device: torch.device) -> str:
     return target_name(torch.cuda.get_device_capability(device), torch.version.hip is not None)
 
 
-@lru_cache
-def _table(values: str, bits: int, device: torch.device) -> Tensor:
-    return value_table(values, bits).to(device)
-
-
 def linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """x [T, K] w^T + bias [N] -> [T, N] in x's dtype, or in `out`, whose rows may be apart."""
     (tokens, k), n = x.shape, packed.out_features
@@ -152,7 +147,7 @@ def linear(x: Tensor, packed: PackedQuantized, bias: Tensor | None, out: Tensor 
     grid = (-(-tokens // chosen.rows), -(-n // chosen.columns))
     _quantized[grid](
         y, x, packed.codes, packed.scales, packed.scales if packed.offsets is None else packed.offsets,
-        y if bias is None else bias, _table(packed.values, packed.bits, x.device), tokens, x.stride(0), y.stride(0),
+        y if bias is None else bias, table_on(packed.values, packed.bits, x.device), tokens, x.stride(0), y.stride(0),
         **fixed, **chosen.options(), **OPTIONS,
     )  # fmt: skip
     return y
