@@ -278,7 +278,7 @@ def measure_ladder(args: argparse.Namespace, folder: str, load_format: str) -> d
     from benchmarks.floor import Sizes, Widths, largest_matrix, machine, measure
     from engine.checkpoint import open_checkpoint
     from engine.errors import ConfigError
-    from engine.runner import load_engine
+    from engine.load import load_engine
 
     options = engine_options(args, folder, load_format)
     engine, ready = load_engine(options, lambda progress: None)

@@ -36,9 +36,9 @@ from benchmarks.engine import PARTS, Stopwatch
 from benchmarks.report import percentile
 from benchmarks.workload import TRACES, Lengths, arrivals
 from engine.engine import Engine
+from engine.load import load_engine
 from engine.messages import EngineOptions, SamplingParams, Submit, encode
 from engine.null import STEP_TIMES
-from engine.runner import load_engine
 from engine.worker import spare_the_collector
 
 MODEL = Path(__file__).parent / "configs" / "llama-3.1-8b"

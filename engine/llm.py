@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.load import load_engine
 from engine.messages import EngineOptions, SamplingParams, Submit, TokenLogprob
-from engine.runner import load_engine
 
 
 @dataclass(slots=True)

@@ -23,9 +23,10 @@ from engine.checkpoint import count_weights, open_checkpoint
 from engine.config import Machine, resolve, usable_cores
 from engine.device import Array, CpuDevice, Download
 from engine.errors import ConfigError
+from engine.load import served
 from engine.messages import Decision, EngineOptions, Progress, Ready
 from engine.model_config import ModelConfig
-from engine.runner import ModelRunner, served
+from engine.runner import ModelRunner
 from engine.sampler import Sampler, uniform_from
 from kernels import definitions
 

@@ -93,7 +93,7 @@ def start(link: Link, load: Load | None, started: float) -> Engine | None:
     try:
         link.send(Progress("imports"))
         if load is None:
-            from engine.runner import load_engine
+            from engine.load import load_engine
 
             load = load_engine
         imports = time.monotonic() - started

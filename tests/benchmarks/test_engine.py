@@ -12,8 +12,8 @@ import pytest
 from benchmarks.engine import PARTS, run_rung, summarise
 from benchmarks.floor import Rates, Sizes, Widths
 from engine.engine import Engine
+from engine.load import load_engine
 from engine.messages import EngineOptions
-from engine.runner import load_engine
 from server.cli import main
 from tests.engine.tiny import random_config
 

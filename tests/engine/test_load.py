@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import config as configuration
-from engine import runner as running
+from engine import load as loading
 from engine.checkpoint import WeightCount
 from engine.config import Machine, block_bytes, resolve
 from engine.device import CpuDevice
 from engine.errors import ConfigError
+from engine.load import heaviest_step, load_engine
 from engine.messages import BLOCK_SIZE, EngineOptions, Progress, Stats
 from engine.model_config import read_model_config
-from engine.runner import heaviest_step, load_engine
+from engine.runner import ModelRunner
 from kernels import choose, selfcheck
 from tests.engine.crowd import make_engine, make_runner, run, submit
 from tests.engine.tiny import make_checkpoint, random_config
@@ -87,7 +88,7 @@ def header_bytes(folder: Path) -> int:
 def test_every_number_type_is_served_on_a_cpu(tmp_path: Path, dtype: str) -> None:
     folder = make_checkpoint(tmp_path / "model", "LlamaForCausalLM", 5, dtype=getattr(torch, dtype), **SHAPE)
     engine, _ = load_engine(options_for(folder), lambda progress: None)
-    assert isinstance(engine.runner, running.ModelRunner)
+    assert isinstance(engine.runner, ModelRunner)
     assert engine.runner.caches[0][0].dtype == getattr(torch, dtype)
     answer = run(engine, [submit(0, list(range(1, 40)), max_tokens=5)])[0]
     assert len(answer.tokens) == 5
@@ -104,8 +105,8 @@ def test_a_model_whose_numbers_are_not_finite_is_refused_at_start_with_a_way_out
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configuration, "available_memory", lambda: 10 * 2**20)
-    monkeypatch.setattr(running, "load_model", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    monkeypatch.setattr("engine.device.available_memory", lambda: 10 * 2**20)
+    monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: pytest.fail("the weights were read"))
     with pytest.raises(ConfigError, match="Not enough memory"):
         load_engine(options_for(folder), lambda progress: None)
 
@@ -142,10 +143,10 @@ def test_kernels_that_fail_on_a_gpu_are_named_and_not_used(num_wrong: int, monke
     monkeypatch.setattr(selfcheck, "selfcheck", found)
     if num_wrong:
         with pytest.raises(ConfigError, match=r"(?s)Test GPU.*kernel0 \(error 9.*--kernels torch") as caught:
-            running._check_kernels(model, config, gpu, CpuDevice())
+            loading._check_kernels(model, config, gpu, CpuDevice())
         assert len(str(caught.value).splitlines()) <= 6
     else:
-        running._check_kernels(model, config, gpu, CpuDevice())
+        loading._check_kernels(model, config, gpu, CpuDevice())
     (sizes,) = checked
     assert (sizes.heads, sizes.kv_heads, sizes.head_dim) == (model.num_heads, model.num_kv_heads, model.head_dim)
     assert (sizes.window, sizes.dtype, sizes.vocab) == (24, "float16", model.vocab_size)
@@ -181,7 +182,7 @@ def test_a_gpus_cache_is_sized_beside_the_heaviest_step_it_was_seen_to_take(
     original = runner.model.forward
     monkeypatch.setattr(runner.model, "forward", forward)
     monkeypatch.setattr(configuration, "SEQUENCES", {"cuda": 256})
-    config, decisions = running._measure_cache(
+    config, decisions = loading._measure_cache(
         asked, config, runner.model, choose("cpu", "torch"), RecordingDevice(), gpu
     )
     tokens = min(config.max_batch_tokens, config.max_sequences * 256)
@@ -203,6 +204,6 @@ def test_the_heaviest_step_writes_into_no_block(folder: Path, monkeypatch: pytes
         Machine("cpu", "", 2**40, 2, True, ""),
     )
     marked = [tuple(torch.full_like(cache, 0.25) for cache in pair) for pair in runner.caches]
-    monkeypatch.setattr(running, "allocate_caches", lambda *args: marked)
+    monkeypatch.setattr(loading, "allocate_caches", lambda *args: marked)
     heaviest_step(runner.model, choose("cpu", "torch"), CpuDevice(), config)
     assert all((cache == 0.25).all() for pair in marked for cache in pair)

@@ -1,4 +1,4 @@
-"""`penstock plan`: the sizes that loading would find, without torch; what does not fit is told with what does."""
+"""`penstock plan`: the sizes that loading would find, without torch; what does not fit is told what does."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from engine import worker
 from engine.batch import Batch, LayerCache
 from engine.engine import Engine
+from engine.load import load_engine
 from engine.messages import EngineOptions, Ready
-from engine.runner import ModelRunner, load_engine
+from engine.runner import ModelRunner
 
 NAN, RAISE = 250, 251
 

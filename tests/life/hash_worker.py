@@ -82,7 +82,7 @@ def prompt_rows(seq: Sequence, n: int) -> list[TokenLogprob]:
 
 
 def load(options: EngineOptions, progress: worker.Report) -> tuple[Engine, Ready]:
-    """As engine.runner.load_engine, with the failures that a load can have."""
+    """As engine.load.load_engine, with the failures that a load can have."""
     settings = dict(pair.split("=") for pair in options.model_dir.split(",") if pair)
     progress(Progress("read", 1, 2, "bytes"))
     if "load" in settings:

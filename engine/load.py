@@ -1,0 +1,254 @@
+"""How an engine comes to be: from a model folder and options to a runner that has generated through the whole path.
+
+Opens, decides, reads, measures, warms up, each with its seconds and reasons; knows no step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import Batch, LayerCache
+from engine.block_pool import BlockPool
+from engine.checkpoint import Checkpoint, count_weights, load_model, open_checkpoint
+from engine.config import EngineConfig, Machine, asked_context, cache_budget, look_at_machine, resolve, size_cache
+from engine.device import Device, open_device
+from engine.engine import Engine
+from engine.errors import ConfigError, EngineError
+from engine.logprobs import token_logprobs
+from engine.messages import BLOCK_SIZE, Decision, EngineOptions, Progress, Ready, SamplingParams, Submit
+from engine.model_config import ModelConfig
+from engine.runner import ModelRunner
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from kernels import Kernels, choose
+
+if TYPE_CHECKING:
+    from engine.models.llama import LlamaForCausalLM as CausalLM
+
+
+def load_engine(options: EngineOptions, progress: Callable[[Progress], None]) -> tuple[Engine, Ready]:
+    """From a model folder to an engine that has generated through the whole path.
+
+    CheckpointError or ConfigError, for the user to read, if this folder or these options cannot be served here. The
+    ledger holds seconds: `open` is headers and choices, `kernels` those of a CPU compiled or read from the cache,
+    `read` weights to their place, `warm-up` the first steps.
+    """
+    if options.model_runner != "auto":
+        from engine.null import load_null_engine
+
+        return load_null_engine(options, progress)
+    began = time.monotonic()
+    checkpoint = open_checkpoint(options.model_dir, options.load_format, options.quantize)
+    machine = look_at_machine(options.device)
+    model_config = checkpoint.model_config
+    asked_plain = options.dtype != "auto" and options.quantize is None
+    packs_quantized = options.kernels == "auto" and not asked_plain
+    weights = count_weights(checkpoint, packs_quantized)
+    config, decisions = resolve(options, model_config, weights, checkpoint.stored_dtype, machine)
+    kernels = choose(machine.type, config.kernels)
+    looked = time.monotonic()
+    if kernels.name == "cpu":
+        _compile(config, progress)
+    compiled = time.monotonic()
+    form, chosen = _choose_arithmetic(checkpoint, config, kernels, machine)
+    opened = time.monotonic()
+
+    device = open_device(config.device)
+    model = load_model(
+        checkpoint,
+        device.torch_device,
+        getattr(torch, config.dtype),
+        kernels,
+        form,
+        lambda done, total: progress(Progress("read", done, total, "bytes")),
+        max_positions=asked_context(options, model_config),
+        packs_quantized=packs_quantized,
+    )
+    read = time.monotonic()
+
+    progress(Progress("warm-up"))
+    if kernels.name == "triton":
+        _check_kernels(model_config, config, machine, device)
+    if machine.type == "cuda":
+        config, measured = _measure_cache(options, config, model, kernels, device, machine)
+        decisions = [{d.name: d for d in measured}.get(d.name, d) for d in decisions]
+    runner = ModelRunner(
+        model,
+        allocate_caches(model, config, device),
+        kernels,
+        device,
+        max_batch_tokens=config.max_batch_tokens,
+        max_sequences=config.max_sequences,
+        max_context=config.max_context,
+    )
+    notes = [Decision("note", "checkpoint", note) for note in checkpoint.notes]
+    ledger = {"open": looked - began + opened - compiled, "kernels": compiled - looked, "read": read - opened}
+    return served(config, runner, [*decisions, *chosen, *notes], ledger, read)
+
+
+def _compile(config: EngineConfig, progress: Callable[[Progress], None]) -> None:
+    """A CPU's kernels: half a second from the cache, ten or more the first time on a machine, which is said."""
+    from kernels.cpu import warm
+
+    progress(Progress("compiling kernels, once on this machine"))
+    warm(getattr(torch, config.dtype))
+
+
+def served(
+    config: EngineConfig, runner: ModelRunner, decisions: list[Decision], ledger: dict[str, float], began: float
+) -> tuple[Engine, Ready]:
+    """A new engine around a runner that has been warmed up, which began then, and what is said of it."""
+    warm_up(_engine(config, runner), config)
+    return _engine(config, runner), Ready(
+        vocab_size=runner.vocab_size,
+        max_context=config.max_context,
+        cache_tokens=config.num_blocks * BLOCK_SIZE,
+        max_sequences=config.max_sequences,
+        max_batch_tokens=config.max_batch_tokens,
+        decisions=decisions,
+        ledger={**ledger, "warm-up": time.monotonic() - began},
+    )
+
+
+def _engine(config: EngineConfig, runner: ModelRunner) -> Engine:
+    """A new engine with empty books; what a former one left in the cache's memory cannot be found."""
+    scheduler = Scheduler(
+        BlockPool(config.num_blocks),
+        max_batch_tokens=config.max_batch_tokens,
+        max_sequences=config.max_sequences,
+        max_context=config.max_context,
+        vocab_size=runner.vocab_size,
+    )
+    return Engine(scheduler, runner)
+
+
+def allocate_caches(model: CausalLM, config: EngineConfig, device: Device) -> list[LayerCache]:
+    """What every layer keeps. Not initialised: on a CPU, pages that are never used never take memory."""
+    dtype = getattr(torch, config.dtype)
+
+    def empty(heads: int, features: int) -> Tensor:
+        shape = (config.num_blocks, heads, BLOCK_SIZE, features)
+        return torch.empty(shape, dtype=dtype, device=device.torch_device)
+
+    return [tuple(empty(*each) for each in model.config.cache_heads) for _ in range(model.config.num_layers)]
+
+
+def warm_up(engine: Engine, config: EngineConfig) -> None:
+    """Generate a few tokens as any request would. ConfigError if the model's numbers are not finite in this dtype."""
+    length = max(1, min(2 * BLOCK_SIZE + 1, config.max_context - 3))
+    params = SamplingParams(max_tokens=3, temperature=1.0, top_k=5, top_p=0.9, ignore_eos=True, logprobs=1)
+    engine.add(Submit(id=0, prompt=[i % engine.scheduler.vocab_size for i in range(length)], params=params))
+    while engine.has_work():
+        for delta in engine.step().deltas:
+            if delta.error == "model_produced_nan":
+                raise ConfigError(
+                    f"The model's logits are not finite in {config.dtype}. Try --dtype float32 (or bfloat16); if that "
+                    "changes nothing, the weights are damaged."
+                )
+            if delta.error is not None:
+                raise EngineError(f"The warm-up generation failed: {delta.error}.")
+
+
+def _choose_arithmetic(
+    checkpoint: Checkpoint, config: EngineConfig, kernels: Kernels, machine: Machine
+) -> tuple[str, list[Decision]]:
+    """The form of the linear weights, and the decisions about kernels, products and threads; sets the thread counts.
+
+    One pool does the work: torch keeps one thread where the products are not its own.
+    """
+    if kernels.name == "cpu":
+        from kernels.cpu.threads import set_threads
+
+        set_threads(config.threads)
+    torch.set_num_threads(config.threads)
+    form, why = "torch", "the plain definitions" if kernels.name == "torch" else "the device's own library"
+    if kernels.name == "cpu":
+        from kernels.linear import choose_form
+
+        m = checkpoint.model_config
+        heads, kv_heads = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+        shapes = [
+            (heads + 2 * kv_heads, m.hidden_size),
+            (m.hidden_size, heads),
+            (2 * m.intermediate_size, m.hidden_size),
+            (m.hidden_size, m.intermediate_size),
+        ]
+        form, why = choose_form(getattr(torch, config.dtype), machine.type, shapes, config.threads)
+        torch.set_num_threads(config.threads if form == "torch" else 1)
+    origin = "asked for" if config.kernels != "auto" else f"made for {machine.type}"
+    return form, [
+        Decision("kernels", kernels.name, origin),
+        Decision("matrix products", form, why),
+        Decision("threads", str(config.threads), f"of {machine.cores} that this process may use"),
+    ]
+
+
+def _check_kernels(model: ModelConfig, config: EngineConfig, machine: Machine, device: Device) -> None:
+    """Every kernel against its definition on this GPU, in this model's sizes, if that was not done before.
+
+    ConfigError names those that are wrong: nothing is served with them.
+    """
+    from kernels.selfcheck import Sizes, selfcheck
+
+    wrong = selfcheck(
+        device.torch_device,
+        sizes=Sizes(dtype=config.dtype, **model.kernel_sizes()),
+    )
+    if wrong:
+        lines = [*wrong[:3], *([f"and {len(wrong) - 3} more"] if len(wrong) > 3 else [])]
+        raise ConfigError(
+            f"On {machine.name} these kernels do not give what their definitions give, so they are not used:\n  "
+            + "\n  ".join(lines)
+            + "\n--kernels torch serves by the definitions: slower, and right."
+        )
+
+
+def _measure_cache(
+    options: EngineOptions, config: EngineConfig, model: CausalLM, kernels: Kernels, device: Device, machine: Machine
+) -> tuple[EngineConfig, list[Decision]]:
+    """Size the KV cache from what is free after the weights are in place and beside the heaviest step."""
+    peak = device.peak_bytes(lambda: heaviest_step(model, kernels, device, config))
+    wanted = replace(config, max_context=asked_context(options, model.config))
+    budget, why = cache_budget(options, wanted, model.config, device.free_bytes() - peak, machine)
+    return size_cache(options, wanted, model.config, budget, why)
+
+
+def heaviest_step(model: CausalLM, kernels: Kernels, device: Device, config: EngineConfig) -> None:
+    """The largest allowed step, drawn from in every row with logprobs: what a step can allocate, this allocates.
+
+    It runs in a cache of one block, to which all block tables point and nothing is written.
+    """
+    num_seqs = config.max_sequences
+    num_tokens = min(config.max_batch_tokens, num_seqs * config.max_context)
+    query_start = np.linspace(0, num_tokens, num_seqs + 1).astype(np.int32)
+    lengths = np.diff(query_start)
+    longest = int(lengths.max())
+    batch = Batch(
+        token_ids=device.upload(np.zeros(num_tokens, np.int64)),
+        positions=device.upload(np.arange(num_tokens) - np.repeat(query_start[:-1].astype(np.int64), lengths)),
+        slot_mapping=device.upload(np.full(num_tokens, -1, np.int64)),
+        query_start=device.upload(query_start),
+        seq_lens=device.upload(lengths),
+        block_tables=device.upload(np.zeros((num_seqs, math.ceil(longest / BLOCK_SIZE)), np.int32)),
+        logits_rows=device.upload(query_start[1:].astype(np.int64) - 1),
+        max_query_len=longest,
+        max_seq_len=longest,
+    )
+    sampler = Sampler(kernels, device, num_seqs, model.config.vocab_size)
+    seqs = [Sequence(Submit(id=i, prompt=[0], params=SamplingParams(max_tokens=1))) for i in range(num_seqs)]
+    with torch.inference_mode():
+        hidden = model.forward(batch, allocate_caches(model, replace(config, num_blocks=1), device))
+        logits = model.logits(hidden.index_select(0, batch.logits_rows))
+        raw = logits.clone()
+        masks = [(i, np.full((model.config.vocab_size + 31) // 32 * 4, 255, np.uint8)) for i in range(num_seqs)]
+        sampler.sample(logits, np.arange(num_seqs), seqs, masks)
+        token_logprobs(raw, [0] * num_seqs, [20] * num_seqs)
