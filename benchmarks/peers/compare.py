@@ -259,8 +259,8 @@ def main() -> None:
     if options.save:
         stem = ROOT / "benchmarks" / "results" / f"peers-{options.save}-{date.today()}"
         command = f"$ python benchmarks/peers/compare.py {' '.join(sys.argv[1:])}"
-        stem.with_suffix(".txt").write_text("\n".join([command, *report]) + "\n")
-        stem.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path(f"{stem}.txt").write_text("\n".join([command, *report]) + "\n")
+        Path(f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def compare(
