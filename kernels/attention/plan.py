@@ -56,7 +56,12 @@ SHORT: dict[str, dict[int, Tile]] = {
 LONG: dict[str, dict[int, Tile]] = {
     "sm_80": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3), 512: Tile(32, 32, 8, 2)},
     "sm_90": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 3), 512: Tile(32, 32, 8, 2)},
-    "sm_100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 3), 512: Tile(32, 32, 8, 2)},
+    "sm_100": {
+        64: Tile(128, 64, 8, 3, 255),
+        128: Tile(128, 64, 8, 3),
+        256: Tile(128, 32, 8, 3),
+        512: Tile(32, 32, 8, 2),
+    },
     "gfx942": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 1), 512: Tile(32, 16, 8, 1)},
 }
 # float32 products are exact ("ieee") and so not the tensor cores'; such a model is for checking, not for speed.
