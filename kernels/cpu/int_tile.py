@@ -24,13 +24,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from kernels.cpu.simd import FLOAT, I16, I32, I64, NOTHING, WIDTH, emit_load, emit_store, pointer
+from kernels.cpu.tile import MAX_ROWS, emit_prefetch
 
 X86 = os.uname().machine in ("x86_64", "amd64")
-MAX_ROWS = 6
 CHUNKS = WIDTH // 8
 UNROLLED = 8  # pairs
 PREFETCH = 2048  # bytes ahead in a stream of codes
-I8 = ir.IntType(8)
 FLOATS, INTS, SHORTS = ir.VectorType(FLOAT, 8), ir.VectorType(I32, 8), ir.VectorType(I16, 16)
 NAMES = ("x", "statistics", "w", "segments", "rounds", "group", "scales", "scales_step", "offsets", "offsets_step",
          "start", "start_row", "y", "y_row")  # fmt: skip
@@ -67,12 +66,6 @@ def _codes(builder: Any, bits: int, address: Any) -> list[list[Any]]:
             last = bits * (i + 1) == 16
             pairs[i // 2].append(shifted if last else builder.and_(shifted, number((1 << bits) - 1)))
     return pairs
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer(builder, address, I8), *(ir.Constant(I32, n) for n in (0, 3, 1))])
 
 
 class _Loop:
@@ -115,7 +108,7 @@ def _emit_rows(builder: Any, bits: int, scale_kind: Any, rows: int, a: dict[str,
         if pair * bits % 8 == 0:
             ready = _codes(builder, bits, builder.add(w, number(pair * pair_bytes)))
         if pair * pair_bytes % 64 == 0:
-            _prefetch(builder, builder.add(w, number(pair * pair_bytes + PREFETCH)))
+            emit_prefetch(builder, builder.add(w, number(pair * pair_bytes + PREFETCH)))
         codes = ready.pop(0)
         for m in range(rows):
             at = builder.add(x, number(4 * (pair * rows + m)))

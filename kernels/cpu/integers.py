@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from kernels.cpu.int_tile import CHUNKS, MAX_ROWS, UNROLLED, int_tile
+from kernels.cpu.int_tile import CHUNKS, UNROLLED, int_tile
 from kernels.cpu.linear import (
     BIAS,
     COLUMNS,
@@ -60,6 +60,7 @@ from kernels.cpu.simd import (
     vec,
 )
 from kernels.cpu.threads import compile_task, describe, pool, run, scratch, word
+from kernels.cpu.tile import MAX_ROWS
 
 # words of a call's description, after those of linear.py
 SCALES, OFFSETS, OFFSETS_STEP, SEGMENT, GROUP, ZERO, STATISTICS = range(13, 20)

@@ -51,6 +51,7 @@ from kernels.cpu.simd import (
     fma,
     get,
     int_constant,
+    lane_numbers,
     load,
     pointer,
     put,
@@ -83,10 +84,6 @@ def _numbers(value: int, lanes: int = WIDTH) -> Any:
     return ir.Constant(ir.VectorType(I32, lanes), [ir.Constant(I32, value)] * lanes)
 
 
-def _lanes(numbers: range) -> Any:
-    return ir.Constant(ir.VectorType(I32, len(numbers)), [ir.Constant(I32, n) for n in numbers])
-
-
 def _emit_codes(builder: Any, bits: int, address: Any) -> Any:
     """WIDTH codes as int32. Byte i of 4-bit codes holds column i below column i + WIDTH / 2."""
     count = WIDTH * bits // 8
@@ -95,7 +92,7 @@ def _emit_codes(builder: Any, bits: int, address: Any) -> Any:
     if bits == 8:
         return wide
     low, high = builder.and_(wide, _numbers(15, count)), builder.lshr(wide, _numbers(4, count))
-    return builder.shuffle_vector(low, high, _lanes(range(WIDTH)))
+    return builder.shuffle_vector(low, high, lane_numbers(range(WIDTH)))
 
 
 def _emit_small_float(builder: Any, code: Any, sign: int, mantissa: int, bias: int) -> Any:

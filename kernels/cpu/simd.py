@@ -236,7 +236,7 @@ smaller = op2(vec, vec, vec, _select_compare("<"))
 fma = op3(vec, vec, vec, vec, emit_fma)
 
 
-def _lanes(numbers: range) -> Any:
+def lane_numbers(numbers: range) -> Any:
     """A constant vector of int32, for shuffles."""
     return ir.Constant(ir.VectorType(I32, len(numbers)), [ir.Constant(I32, n) for n in numbers])
 
@@ -249,8 +249,8 @@ def _emit_fold(combine: Emit) -> Emit:
         while lanes > 1:
             lanes //= 2
             nothing = ir.Constant(value.type, ir.Undefined)
-            low = builder.shuffle_vector(value, nothing, _lanes(range(lanes)))
-            high = builder.shuffle_vector(value, nothing, _lanes(range(lanes, 2 * lanes)))
+            low = builder.shuffle_vector(value, nothing, lane_numbers(range(lanes)))
+            high = builder.shuffle_vector(value, nothing, lane_numbers(range(lanes, 2 * lanes)))
             value = combine(builder, low, high)
         return builder.extract_element(value, ir.Constant(I32, 0))
 
@@ -302,7 +302,7 @@ def _emit_keep(builder: Builder, value: Any, low: Any, high: Any) -> Any:
         first = builder.insert_element(nothing, builder.trunc(number, I32), ir.Constant(I32, 0))
         return builder.shuffle_vector(first, nothing, int_constant(0))
 
-    lanes = _lanes(range(WIDTH))
+    lanes = lane_numbers(range(WIDTH))
     from_low = builder.icmp_signed("<=", everywhere(low), lanes)
     inside = builder.and_(from_low, builder.icmp_signed("<", lanes, everywhere(high)))
     return builder.select(inside, value, constant(float("-inf")))

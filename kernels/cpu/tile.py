@@ -49,7 +49,7 @@ def emit_weights(builder: Any, kind: Any, packed: bool, address: Any) -> Any:
     return builder.bitcast(builder.shuffle_vector(low, high, order), VECTOR)
 
 
-def _emit_prefetch(builder: Any, address: Any) -> Any:
+def emit_prefetch(builder: Any, address: Any) -> Any:
     """Asks for the cache line at an address, which may be any: no fault."""
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -71,7 +71,7 @@ def _emit_shape(builder: Any, kind: Any, packed: bool, rows: int, panels: int, a
     weights = [emit_weights(builder, kind, packed, at(w, a["w_panel"], p)) for p in range(panels)]
     if packed:
         for p in range(panels):
-            _emit_prefetch(builder, builder.add(at(w, a["w_panel"], p), ir.Constant(I64, PREFETCH)))
+            emit_prefetch(builder, builder.add(at(w, a["w_panel"], p), ir.Constant(I64, PREFETCH)))
     inputs = [emit_broadcast(builder, emit_load(builder, types.float32, at(x, a["x_row"], m), 0)) for m in range(rows)]
     new = [emit_fma(builder, inputs[m], weights[p], sums[i]) for i, (m, p) in enumerate(spots)]
     k_next = builder.sub(k, ir.Constant(I64, 1))
